@@ -1,0 +1,89 @@
+"""What the device may use. CUDA context included; on a CPU the budget counts live tensors."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from autofit.errors import UsageError
+from autofit.space.facts import DeviceFacts
+from autofit.space.units import format_bytes, parse_bytes
+
+MIB = 2**20
+
+# Memory as the driver reports it, in MiB (nvidia-smi's "total").
+CARDS = {
+    "t4": 15360,
+    "rtx-3060": 12288,
+    "rtx-3090": 24576,
+    "rtx-4060-ti-16gb": 16380,
+    "rtx-4070": 12282,
+    "rtx-4080": 16376,
+    "rtx-4090": 24564,
+    "rtx-5090": 32607,
+    "a10": 23028,
+    "l4": 23034,
+    "l40s": 46068,
+    "a100-40gb": 40960,
+    "a100-80gb": 81920,
+    "h100": 81559,
+    "h200": 143771,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBudget:
+    """`total_bytes` is the budget; what tensors may use of it is less headroom and context.
+
+    Attributes:
+        total_bytes: what the device may use, context included.
+        headroom_bytes: what of it is left alone (2 %, at least 256 MiB; 0 on a CPU).
+        clamped_from_bytes: what was asked for, where the card is smaller than that.
+    """
+
+    total_bytes: int
+    headroom_bytes: int = 0
+    clamped_from_bytes: int | None = None
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a trial's largest measured peak (`device_bytes`, context included) is held against."""
+        return self.total_bytes - self.headroom_bytes
+
+
+def requested_bytes(text: str, device: DeviceFacts) -> int:
+    """Bytes for a size, a card's name or `auto` (all the device has).
+
+    Raises:
+        UsageError: neither a size nor a known card.
+    """
+    name = text.strip().lower().replace(" ", "-").replace("_", "-")
+    if name == "auto":
+        return device.total_bytes
+    if name in CARDS:
+        return CARDS[name] * MIB
+    if name[:1].isdigit() or name[:1] in "-+.":
+        return parse_bytes(text)
+    near = difflib.get_close_matches(name, CARDS, n=3, cutoff=0.3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known cards: {', '.join(CARDS)}"
+    raise UsageError(f"--gpu-mem {text!r} is neither a size like 24GB, nor 'auto', nor a card known here; {hint}")
+
+
+def make_budget(text: str, device: DeviceFacts) -> MemoryBudget:
+    """The budget for what the user asked, on this device; a budget larger than the device is clamped to it.
+
+    Raises:
+        UsageError: not a size, or headroom takes all of it.
+    """
+    asked = requested_bytes(text, device)
+    total = min(asked, device.total_bytes)
+    headroom = 0 if device.type == "cpu" else max(total // 50, 256 * MIB)
+    if headroom >= total:
+        raise UsageError(
+            f"--gpu-mem {text}: {format_bytes(total)} does not even hold {format_bytes(headroom)} headroom"
+        )
+    return MemoryBudget(
+        total_bytes=total,
+        headroom_bytes=headroom,
+        clamped_from_bytes=asked if asked > total else None,
+    )

@@ -1,0 +1,116 @@
+"""One frozen point of the search space. Two equal candidates need the same bytes, on one model and device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+QUANTIZATION_BITS = (16, 8, 4)
+OFFLOADING = ("none", "checkpoints", "all")
+LOSSES = ("chunked", "full")
+DTYPES = ("bfloat16", "float16", "float32")
+OPTIMIZERS = ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit")
+
+LOSSLESS = ("micro_batch_size", "checkpointed_layers", "optimizer", "offload_activations")
+LOSSY = ("quantization_bits", "max_seq_length", "lora_rank")
+KNOBS = (*LOSSLESS, *LOSSY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Every knob's value and whatever else decides a step's memory.
+
+    Attributes:
+        micro_batch_size: sequences on the device at once.
+        max_seq_length: tokens of the longest sequence.
+        tokens_per_micro_batch: padded tokens on the device at once; None means micro_batch_size × max_seq_length.
+        checkpointed_layers: how many layers recompute their activations, evenly spread (`is_checkpointed`).
+        offload_activations: none, checkpoints (what checkpointed layers keep goes to the host), all.
+        quantization_bits: of the base weights; 16 means not quantized (then `dtype` is their type).
+        double_quant: whether the statistics of 4-bit weights are quantized too.
+        lora_targets: module names, or ("all-linear",).
+        dtype: of base weights that are not quantized, and what products are computed in.
+        accumulates: whether an optimizer step takes more than one micro-batch (kept gradients raise the peak).
+    """
+
+    micro_batch_size: int
+    max_seq_length: int
+    tokens_per_micro_batch: int | None = None
+    checkpointed_layers: int = 0
+    offload_activations: str = "none"
+    quantization_bits: int = 16
+    double_quant: bool = True
+    lora_rank: int = 16
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_dropout: float = 0.0
+    optimizer: str = "adamw_torch"
+    loss: str = "chunked"
+    layout: str = "padded"
+    attention: str = "sdpa"
+    kernels: str = "stock"
+    dtype: str = "bfloat16"
+    accumulates: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "max_seq_length", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.checkpointed_layers < 0:
+            raise ValueError(f"checkpointed_layers must be at least 0, got {self.checkpointed_layers}")
+        for name, valid in (
+            ("quantization_bits", QUANTIZATION_BITS),
+            ("offload_activations", OFFLOADING),
+            ("loss", LOSSES),
+            ("dtype", DTYPES),
+            ("optimizer", OPTIMIZERS),
+            ("layout", ("padded",)),
+            ("kernels", ("stock",)),
+        ):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}, got {getattr(self, name)}")
+        # One spelling for what needs the same bytes.
+        if self.tokens_per_micro_batch == self.micro_batch_size * self.max_seq_length:
+            object.__setattr__(self, "tokens_per_micro_batch", None)
+        if self.quantization_bits != 4:
+            object.__setattr__(self, "double_quant", False)
+        if self.offload_activations == "checkpoints" and self.checkpointed_layers == 0:
+            object.__setattr__(self, "offload_activations", "none")
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+
+    @property
+    def token_budget(self) -> int:
+        """Padded tokens (rows × longest) that a micro-batch may hold."""
+        return self.tokens_per_micro_batch or self.micro_batch_size * self.max_seq_length
+
+    def replace(self, **changes: Any) -> Candidate:
+        """A copy with these fields changed. A changed micro-batch or length resets `tokens_per_micro_batch`."""
+        if {"micro_batch_size", "max_seq_length"} & changes.keys():
+            changes.setdefault("tokens_per_micro_batch", None)
+        if changes.get("quantization_bits") == 4 and self.quantization_bits != 4:
+            changes.setdefault("double_quant", True)
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat dict of JSON types, `tokens_per_micro_batch` written out; `from_json` is its inverse."""
+        return {
+            **asdict(self),
+            "lora_targets": list(self.lora_targets),
+            "tokens_per_micro_batch": self.token_budget,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Candidate:
+        """The candidate of `to_json`. Keys that are no field of a candidate are left aside."""
+        known = {f.name for f in fields(cls)}
+        chosen: dict[str, Any] = {k: v for k, v in data.items() if k in known}
+        if "lora_targets" in chosen:
+            chosen["lora_targets"] = tuple(chosen["lora_targets"])
+        return cls(**chosen)
+
+
+def is_checkpointed(layer: int, checkpointed_layers: int, num_layers: int) -> bool:
+    """Whether layer 0…num_layers−1 recomputes its activations, when so many layers, evenly spread, do.
+
+    Where num_layers / checkpointed_layers is whole, these are the layers of transformers' `every_n_layers`.
+    """
+    return layer * checkpointed_layers // num_layers > (layer - 1) * checkpointed_layers // num_layers

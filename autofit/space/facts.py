@@ -1,0 +1,66 @@
+"""What is known about the model, the data and the device before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound="_Facts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; `from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls: type[T], data: dict[str, Any]) -> T:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(_Facts):
+    """An architecture, as its config says it.
+
+    `weight_bytes_16bit` are the base weights at two bytes each; `download_bytes` what fetching them takes (0 where
+    they are on disk or random); `quantized_bits` is set where the checkpoint is already quantized;
+    `checkpointable_layers` counts the layers that transformers can checkpoint (0 where it cannot).
+    """
+
+    architecture: str
+    num_parameters: int
+    weight_bytes_16bit: int
+    checkpointable_layers: int
+    max_positions: int | None
+    quantized_bits: int | None = None
+    linear_layers: int = 0
+    download_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts(_Facts):
+    """A prepared data set. `lengths` are tokens of each sequence, `trained_tokens` the labels that count in each."""
+
+    num_examples: int
+    longest: int
+    lengths: tuple[int, ...]
+    trained_tokens: tuple[int, ...]
+    dropped_examples: int = 0
+    fingerprint: str = ""
+    num_eval_examples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts(_Facts):
+    """The device that a run targets. `total_bytes` as the driver reports it (host memory for `cpu`)."""
+
+    type: str
+    name: str
+    total_bytes: int
+    compute_capability: tuple[int, int] | None = None
+
+    @property
+    def bf16(self) -> bool:
+        """Whether matrix products in bfloat16 run at full speed (compute capability ≥ 8.0)."""
+        return self.compute_capability is not None and self.compute_capability >= (8, 0)
