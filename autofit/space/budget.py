@@ -33,10 +33,10 @@ CARDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBudget:
-    """`total_bytes` is the budget; what tensors may use of it is less headroom and context.
+    """What the device may use.
 
     Attributes:
-        total_bytes: what the device may use, context included.
+        total_bytes: context included; a trial's largest peak, as the driver sees it, is held against this.
         headroom_bytes: what of it is left alone (2 %, at least 256 MiB; 0 on a CPU).
         clamped_from_bytes: what was asked for, where the card is smaller than that.
     """
@@ -47,7 +47,7 @@ class MemoryBudget:
 
     @property
     def usable_bytes(self) -> int:
-        """What a trial's largest measured peak (`device_bytes`, context included) is held against."""
+        """What a process is capped to, context included: the budget less headroom."""
         return self.total_bytes - self.headroom_bytes
 
 
@@ -57,16 +57,27 @@ def requested_bytes(text: str, device: DeviceFacts) -> int:
     Raises:
         UsageError: neither a size nor a known card.
     """
-    name = text.strip().lower().replace(" ", "-").replace("_", "-")
+    name = check_budget_text(text)
     if name == "auto":
         return device.total_bytes
-    if name in CARDS:
-        return CARDS[name] * MIB
-    if name[:1].isdigit() or name[:1] in "-+.":
-        return parse_bytes(text)
+    return CARDS[name] * MIB if name in CARDS else parse_bytes(name)
+
+
+def check_budget_text(text: str) -> str:
+    """The text as `requested_bytes` reads it, checked without knowing the device.
+
+    Raises:
+        UsageError: neither a size, nor `auto`, nor a known card.
+    """
+    name = text.strip().lower().replace(" ", "-").replace("_", "-")
+    if name == "auto" or name in CARDS:
+        return name
+    if name[:1].isdigit() or name[:1] in ("-", "+", "."):
+        parse_bytes(text)
+        return text.strip()
     near = difflib.get_close_matches(name, CARDS, n=3, cutoff=0.3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known cards: {', '.join(CARDS)}"
-    raise UsageError(f"--gpu-mem {text!r} is neither a size like 24GB, nor 'auto', nor a card known here; {hint}")
+    raise UsageError(f"gpu-mem {text!r} is neither a size like 24GB, nor 'auto', nor a card known here; {hint}")
 
 
 def make_budget(text: str, device: DeviceFacts) -> MemoryBudget:
@@ -79,9 +90,7 @@ def make_budget(text: str, device: DeviceFacts) -> MemoryBudget:
     total = min(asked, device.total_bytes)
     headroom = 0 if device.type == "cpu" else max(total // 50, 256 * MIB)
     if headroom >= total:
-        raise UsageError(
-            f"--gpu-mem {text}: {format_bytes(total)} does not even hold {format_bytes(headroom)} headroom"
-        )
+        raise UsageError(f"gpu-mem {text}: {format_bytes(total)} does not even hold {format_bytes(headroom)} headroom")
     return MemoryBudget(
         total_bytes=total,
         headroom_bytes=headroom,

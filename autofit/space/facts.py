@@ -50,6 +50,16 @@ class DataFacts(_Facts):
     fingerprint: str = ""
     num_eval_examples: int = 0
 
+    def truncation_cost(self, max_seq_length: int) -> tuple[int, float]:
+        """What cutting sequences to `max_seq_length` tokens deletes: (examples cut, share of trained tokens lost).
+
+        The share is 0…1. Exact where the trained tokens are each sequence's tail, as all that `prepare` makes are.
+        """
+        sequences = zip(self.lengths, self.trained_tokens, strict=True)
+        cut = [(length - max_seq_length, trained) for length, trained in sequences if length > max_seq_length]
+        lost = sum(min(excess, trained) for excess, trained in cut)
+        return len(cut), lost / max(sum(self.trained_tokens), 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts(_Facts):

@@ -24,6 +24,7 @@ class TrialResult:
     Attributes:
         phase: the phase it ended in: build, forward, backward, optimizer, eval, save (done, when it fitted).
         static_bytes: model and adapters, before the first step.
+        trainable_parameters: of the adapters.
         peak_allocated_bytes, peak_reserved_bytes: of the training steps (tensors; the allocator).
         eval_peak_bytes, save_peak_bytes: the same figures that `device_bytes` is made of, in evaluation and save.
         device_bytes: the largest of all phases as the driver sees it, context included: held against the budget.
@@ -37,6 +38,7 @@ class TrialResult:
     status: TrialStatus
     phase: str
     static_bytes: int | None = None
+    trainable_parameters: int | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     eval_peak_bytes: int | None = None

@@ -1,0 +1,48 @@
+"""The command `autofit`. Importing this imports nothing heavy: `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import typer
+
+from autofit.cli.run import run
+from autofit.errors import AutofitError
+
+app = typer.Typer(
+    name="autofit",
+    help="The auto-tuning QLoRA trainer: finds the config that fits your GPU, then trains with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(run)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `run` a command of its own beside those to come."""
+
+
+def main() -> None:
+    """The entry point. Exit codes: 0 done, 1 failed, 2 usage or config, 3 nothing fits, 4 data or access, 130
+    interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except AutofitError as error:
+        print(f"autofit: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("autofit: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output is gone; Python would complain once more while flushing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

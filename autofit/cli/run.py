@@ -1,0 +1,79 @@
+"""`autofit run`: search for the config that fits, then train with it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from autofit.errors import UsageError
+
+
+def run(
+    config: Annotated[str | None, typer.Argument(help="A YAML file; flags win over it.")] = None,
+    gpu_mem: Annotated[str | None, typer.Option(help="24GB, 24GiB, a card (rtx-4090), or auto.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id. Default: a small one made on the spot.")] = None,
+    data: Annotated[str | None, typer.Option(help="File (jsonl, json, csv, parquet), folder or hub id.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="New, empty, or a run to go on with.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: one epoch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of adapters, order and dropout.")] = None,
+    search: Annotated[str | None, typer.Option(help="measure: by trial steps in child processes.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="What is given up first: batch,checkpointing,paging,bits,offloading,seq,rank.")
+    ] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="knob=value that is never touched. Repeatable.")] = None,
+    minimum: Annotated[list[str] | None, typer.Option("--min", help="knob=value never gone below. Repeatable.")] = None,
+    allow: Annotated[str | None, typer.Option(help="Lossy knobs that may move: bits,seq,rank or none.")] = None,
+    random_weights: Annotated[
+        bool | None, typer.Option("--random-weights", help="Train a folder that has only a config.json.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Finds the fastest config that fits the memory, announces what it gave up, and trains with it."""
+    from autofit.config import load_run_config
+    from autofit.report.files import write_reports
+    from autofit.report.terminal import Terminal
+    from autofit.training.supervisor import execute
+
+    flags = {
+        "gpu_mem": gpu_mem,
+        "model": model,
+        "data": data,
+        "output_dir": output_dir,
+        "max_steps": max_steps,
+        "seed": seed,
+        "search": search,
+        "order": order,
+        "pin": _pairs(pin, "--pin"),
+        "min": _pairs(minimum, "--min"),
+        "allow": allow,
+        "random_weights": random_weights,
+    }
+    resolved = load_run_config(config, flags)
+    with Terminal(quiet_stdout=json_output) as terminal:
+        summary = execute(resolved, terminal)
+        write_reports(summary)
+        terminal.finished(summary)
+    if json_output:
+        import json
+
+        typer.echo(json.dumps(summary.to_json(), indent=2))
+
+
+def _pairs(texts: list[str] | None, flag: str) -> dict[str, Any] | None:
+    """`["lora_rank=64"]` as a dict, numbers as numbers.
+
+    Raises:
+        UsageError: no `=`, or the same knob twice.
+    """
+    if not texts:
+        return None
+    pairs: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise UsageError(f"{flag} {text!r}: write knob=value, like lora_rank=64")
+        if name.strip() in pairs:
+            raise UsageError(f"{flag} {name.strip()} is given twice")
+        pairs[name.strip()] = int(value) if value.strip().lstrip("-").isdigit() else value.strip()
+    return pairs

@@ -1,0 +1,104 @@
+"""The run, told on a terminal. Human text goes to stdout, or to stderr where stdout is for JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autofit.report.words import candidate_words, given_up_words
+from autofit.search.fit_report import FitReport
+from autofit.search.outcome import TrialEvent
+from autofit.space.units import format_bytes
+from autofit.training.supervisor import RunSummary
+from autofit.trial.result import TrialResult, TrialStatus
+
+_STYLES = {TrialStatus.FIT: "bold green", TrialStatus.OOM: "bold red"}
+
+
+class Terminal:
+    """The narrator of a run (`training.supervisor.Narrator`). Use as a context manager: it owns a progress bar."""
+
+    def __init__(self, quiet_stdout: bool = False) -> None:
+        self.console = Console(stderr=quiet_stdout, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._last_step = 0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[bold yellow]warning[/]  {escape(text)}")
+
+    def trial(self, event: TrialEvent) -> None:
+        """One line a trial, once it has ended."""
+        if event.result is None:
+            return
+        again = " (from an earlier start)" if event.kind == "stored" else ""
+        style = _STYLES.get(event.result.status, "bold yellow")
+        self.console.print(
+            f"trial {event.number + 1}  [{style}]{event.result.status.value:<8}[/] "
+            f"{escape(candidate_words(event.candidate))}  {escape(_measured(event.result))}{again}"
+        )
+
+    def plan(self, report: FitReport) -> None:
+        """What was chosen, what was given up and what that costs."""
+        self.console.print(f"[bold]chosen[/]   {escape(candidate_words(report.winner.candidate))}")
+        for line in given_up_words(report):
+            self.console.print(f"         {escape(line)}")
+        if not report.given_up:
+            self.console.print("         nothing was given up")
+
+    def training(self, record: dict[str, Any]) -> None:
+        """The training child's phase record, as often as it is read."""
+        if record.get("phase") != "train" or record["step"] == self._last_step:
+            return
+        self._last_step = record["step"]
+        if self.console.is_terminal:
+            self._bar(record)
+        elif self._last_step == 1 or self._last_step % max(1, record["max_steps"] // 10) == 0:
+            self.say(f"step {record['step']}/{record['max_steps']}  {_loss(record)}")
+
+    def finished(self, summary: RunSummary) -> None:
+        """The end: losses, the measured peak beside the budget, and where everything is."""
+        self.__exit__()
+        training, budget = summary.training, summary.report.budget
+        self.console.print(
+            f"[bold green]trained[/]  {training['steps']} steps, loss {training['first_loss']:.3f} → "
+            f"{training['last_loss']:.3f}, peak {format_bytes(training['device_bytes'])} "
+            f"of {format_bytes(budget.total_bytes)}"
+        )
+        self.console.print(f"adapter  {escape(str(summary.folder / 'adapter'))}")
+
+    def _bar(self, record: dict[str, Any]) -> None:
+        if self._progress is None:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, TextColumn("{task.fields[loss]}"), console=self.console)
+            self._progress.add_task("training", total=record["max_steps"], loss="")
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=record["step"], loss=_loss(record))
+
+
+def _loss(record: dict[str, Any]) -> str:
+    return f"loss {record['loss']:.3f}" if "loss" in record else ""
+
+
+def _measured(result: TrialResult) -> str:
+    if result.status is TrialStatus.FIT and result.device_bytes is not None:
+        speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
+        return f"peak {format_bytes(result.device_bytes)}{speed}"
+    if result.status is TrialStatus.OOM:
+        asked = f", asking for {format_bytes(result.requested_bytes)} more" if result.requested_bytes else ""
+        needs = f" (would need about {format_bytes(result.projected_bytes)})" if result.projected_bytes else ""
+        return f"out of memory in {result.phase}{asked}{needs}"
+    return f"in {result.phase}: {result.message}"

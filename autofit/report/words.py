@@ -1,0 +1,41 @@
+"""Candidates and what was given up, in words; one wording for terminal, HTML and model card."""
+
+from __future__ import annotations
+
+from autofit.search.fit_report import FitReport, GivenUp
+from autofit.space.candidate import Candidate
+
+_NAMES = {
+    "micro_batch_size": "micro-batch",
+    "checkpointed_layers": "layers checkpointed",
+    "optimizer": "optimizer",
+    "offload_activations": "activations offloaded",
+    "quantization_bits": "bits",
+    "max_seq_length": "sequence length",
+    "lora_rank": "LoRA rank",
+}
+
+
+def candidate_words(candidate: Candidate) -> str:
+    """`16×1,589 tokens, 4 layers checkpointed, 4 bits, rank 16`: what is at its plainest is left unsaid."""
+    rows, length = candidate.micro_batch_size, candidate.max_seq_length
+    parts = [f"{rows}×{length:,} tokens"]
+    if candidate.checkpointed_layers:
+        parts.append(f"{candidate.checkpointed_layers} layers checkpointed")
+    if candidate.offload_activations != "none":
+        parts.append(f"offloading {candidate.offload_activations}")
+    if candidate.optimizer != "adamw_torch":
+        parts.append(candidate.optimizer)
+    parts.append(candidate.dtype if candidate.quantization_bits == 16 else f"{candidate.quantization_bits} bits")
+    parts.append(f"rank {candidate.lora_rank}")
+    return ", ".join(parts)
+
+
+def given_up_words(report: FitReport) -> list[str]:
+    """One line for each knob that was stepped down: from, to, and what it costs."""
+    return [_one(g) for g in report.given_up]
+
+
+def _one(given: GivenUp) -> str:
+    change = f"{_NAMES[given.knob]} {given.wished} → {given.chosen}"
+    return f"{change}: CHANGES THE RESULT, {given.cost}" if given.lossy else f"{change} (same result)"

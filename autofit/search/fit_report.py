@@ -1,0 +1,120 @@
+"""What a search found, for people and machines: what was chosen, what was given up, predicted and measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autofit.search.outcome import SearchOutcome, SearchSpace, Trial
+from autofit.space.budget import CARDS, MIB, MemoryBudget
+from autofit.space.candidate import KNOBS, LOSSY, Candidate
+from autofit.space.facts import DeviceFacts
+from autofit.space.ladder import RUNGS, knob_values
+from autofit.space.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenUp:
+    """One knob that was stepped down. `cost` says what it costs; empty where the result is the same."""
+
+    knob: str
+    wished: int | str
+    chosen: int | str
+    lossy: bool
+    cost: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """The chosen candidate and how it was found. Sizes in bytes.
+
+    Attributes:
+        winner: the measured trial of the chosen candidate.
+        num_checkpointable_layers: what `checkpointed_layers` is out of.
+        seconds_estimated: how long the training will take, going by the trial's speed.
+    """
+
+    device: DeviceFacts
+    budget: MemoryBudget
+    wish: Candidate
+    winner: Trial
+    given_up: tuple[GivenUp, ...]
+    trials: tuple[Trial, ...]
+    num_checkpointable_layers: int
+    num_examples: int
+    optimizer_steps: int
+    seconds_estimated: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types: `plan.json`."""
+        return {
+            "device": self.device.to_json(),
+            "budget": {**asdict(self.budget), "usable_bytes": self.budget.usable_bytes},
+            "wish": self.wish.to_json(),
+            "chosen": self.winner.candidate.to_json(),
+            "measured": self.winner.result.to_json(),
+            "given_up": [asdict(g) for g in self.given_up],
+            "trials": [{**t.candidate.to_json(), **t.result.to_json(), "number": t.number} for t in self.trials],
+            "num_examples": self.num_examples,
+            "optimizer_steps": self.optimizer_steps,
+            "seconds_estimated": self.seconds_estimated,
+        }
+
+
+def given_up(wish: Candidate, chosen: Candidate, sequence_cost: str) -> tuple[GivenUp, ...]:
+    """The knobs in which a candidate differs from the wish. `sequence_cost`: what a shorter sequence cuts."""
+    costs = {
+        "max_seq_length": sequence_cost,
+        "quantization_bits": f"the frozen weights are rounded to {chosen.quantization_bits} bits",
+        "lora_rank": f"the adapter has {chosen.lora_rank / wish.lora_rank:.0%} of the wished parameters",
+    }
+    return tuple(
+        GivenUp(
+            knob=knob,
+            wished=getattr(wish, knob),
+            chosen=getattr(chosen, knob),
+            lossy=knob in LOSSY,
+            cost=costs.get(knob, ""),
+        )
+        for knob in KNOBS
+        if getattr(wish, knob) != getattr(chosen, knob)
+    )
+
+
+def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryBudget, device: DeviceFacts) -> str:
+    """One line: the nearest miss, what it would need, and which knob or card would do."""
+    nearest = outcome.nearest_miss
+    if nearest is None:
+        last = outcome.trials[-1].result
+        return f"no trial ran to its end; the last was {last.status.value} in {last.phase}: {last.message}"
+    c = nearest.candidate
+    need = outcome.nearest_miss_bytes
+    needs = f"about {format_bytes(need)}" if need else f"more than {format_bytes(budget.total_bytes)}"
+    text = (
+        f"nothing fits {format_bytes(budget.total_bytes)}; the nearest miss (micro-batch {c.micro_batch_size}, length "
+        f"{c.max_seq_length}, {c.checkpointed_layers} layers checkpointed, {c.quantization_bits} bits, rank "
+        f"{c.lora_rank}) needs {needs}"
+    )
+    hints = [f"free the knob {name!r}" for name in _held_knobs(space)]
+    if device.type == "cuda" and need:
+        fitting = sorted((size, card) for card, size in CARDS.items() if size * MIB > need * 1.05)
+        hints += [f"use a card like {fitting[0][1]}"] if fitting else []
+    elif need:
+        hints.append(f"give it --gpu-mem {-(-need * 21 // (20 * 10**6))}MB")
+    return f"{text}; {' or '.join(hints)}" if hints else text
+
+
+def _held_knobs(space: SearchSpace) -> list[str]:
+    """Knobs that the user's pins, minima, consent or order kept from stepping down further."""
+    freed = type(space.limits)(
+        global_batch_size=space.limits.global_batch_size,
+        checkpointable_layers=space.limits.checkpointable_layers,
+        can_page=space.limits.can_page,
+        can_quantize=space.limits.can_quantize,
+    )
+    held = []
+    for name, knob in RUNGS.items():
+        now = knob_values(knob, space.wish, space.limits) if name in space.order else [getattr(space.wish, knob)]
+        if len(knob_values(knob, space.wish, freed)) > len(now):
+            held.append(knob)
+    return held

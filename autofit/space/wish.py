@@ -1,0 +1,76 @@
+"""The candidate that a search starts from: what the user asked for, and the best of everything where they did not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from autofit.errors import UsageError
+from autofit.space.budget import MemoryBudget
+from autofit.space.candidate import Candidate
+from autofit.space.facts import DataFacts, ModelFacts
+from autofit.space.units import format_bytes
+
+
+def make_wish(
+    model: ModelFacts,
+    data: DataFacts,
+    budget: MemoryBudget,
+    dtype: str,
+    global_batch_size: int,
+    asked: Mapping[str, Any],
+) -> Candidate:
+    """The wish for a model, data and budget. `asked` are a candidate's fields that the user set.
+
+    16 bits if the 16-bit weights take at most half the budget, else 4; a checkpoint that is already quantized keeps
+    its bits. The whole global batch is one micro-batch of the data's longest sequence, up to the model's positions.
+
+    Raises:
+        UsageError: a value that the model or the budget rules out.
+    """
+    values = {k: v for k, v in asked.items() if v is not None}
+    positions = model.max_positions or data.longest
+    values.setdefault("dtype", dtype)
+    values.setdefault("max_seq_length", min(data.longest, positions))
+    values["micro_batch_size"] = min(values.get("micro_batch_size", global_batch_size), global_batch_size)
+    values["accumulates"] = values["micro_batch_size"] < global_batch_size
+    if model.quantized_bits is not None:
+        if values.setdefault("quantization_bits", model.quantized_bits) != model.quantized_bits:
+            raise UsageError(
+                f"quantization_bits {values['quantization_bits']}: the checkpoint is already quantized to "
+                f"{model.quantized_bits} bits"
+            )
+    else:
+        fits_in_half = model.weight_bytes_16bit * 2 <= budget.total_bytes
+        values.setdefault("quantization_bits", 16 if fits_in_half else 4)
+    if values["max_seq_length"] > positions:
+        raise UsageError(f"max_seq_length {values['max_seq_length']} is beyond the model's {positions} positions")
+    if values.get("checkpointed_layers", 0) > model.checkpointable_layers:
+        raise UsageError(
+            f"checkpointed_layers {values['checkpointed_layers']}: "
+            f"the model has {model.checkpointable_layers} layers that can be checkpointed"
+        )
+    try:
+        return Candidate(**{k: v for k, v in values.items() if k in {f.name for f in fields(Candidate)}})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_pins(wish: Candidate, pins: frozenset[str], model: ModelFacts, budget: MemoryBudget) -> None:
+    """Refuses pinned bits whose weights alone exceed the budget, before anything runs.
+
+    Raises:
+        UsageError: naming the pin, what it needs and what would do.
+    """
+    weights = model.weight_bytes_16bit * wish.quantization_bits // 16
+    if "quantization_bits" in pins and wish.dtype == "float32" and wish.quantization_bits == 16:
+        weights *= 2
+    if "quantization_bits" not in pins or weights <= budget.usable_bytes:
+        return
+    fitting = [b for b in (8, 4) if model.weight_bytes_16bit * b // 16 <= budget.usable_bytes]
+    instead = f"{' or '.join(map(str, fitting))} bits would fit" if fitting else "no bits fit; use a larger budget"
+    raise UsageError(
+        f"pin quantization_bits={wish.quantization_bits}: the weights alone take {format_bytes(weights)} "
+        f"of a budget of {format_bytes(budget.usable_bytes)}; {instead}"
+    )

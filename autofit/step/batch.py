@@ -1,0 +1,71 @@
+"""A global batch of sequences becomes micro-batches of at most so many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autofit.space.cut import cut
+
+IGNORED = -100
+Example = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is on the device at once. Right-padded: under causal attention real tokens never see the padding.
+
+    Attributes:
+        input_ids: int64 [rows, longest].
+        positions: int64 [trained]: flat indices (row · longest + column) of the states that predict a trained token.
+        targets: int64 [trained]: those tokens.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def to(self, device: str | torch.device) -> MicroBatch:
+        """The same micro-batch on a device; from pinned host memory this does not wait."""
+        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets))
+        return MicroBatch(*moved)
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
+    """Right-padded rows of `input_ids` and `labels` (same length; −100 where not trained)."""
+    longest = max(len(e["input_ids"]) for e in examples)
+    input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.int64)
+    positions: list[int] = []
+    targets: list[int] = []
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example["input_ids"])] = torch.tensor(example["input_ids"], dtype=torch.int64)
+        for column, label in enumerate(example["labels"]):
+            if column and label != IGNORED:
+                positions.append(row * longest + column - 1)
+                targets.append(label)
+    return MicroBatch(input_ids, torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64))
+
+
+def trained_tokens(examples: Sequence[Example]) -> int:
+    """Tokens that the loss of these examples sums over."""
+    return sum(label != IGNORED for example in examples for label in example["labels"][1:])
+
+
+def micro_batches(examples: Sequence[Example], token_budget: int, pad_token_id: int) -> Iterator[MicroBatch]:
+    """The global batch, cut and collated."""
+    for group in cut([len(e["input_ids"]) for e in examples], token_budget):
+        yield collate([examples[i] for i in group], pad_token_id)
+
+
+def worst_examples(token_budget: int, max_seq_length: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    """The sequences of the costliest micro-batch: as many of the longest as the budget holds, every token trained."""
+    rows = max(1, token_budget // max_seq_length)
+    # Different tokens, for an architecture that routes by them.
+    ids = [[(row * 31 + column) % vocabulary for column in range(max_seq_length)] for row in range(rows)]
+    return [{"input_ids": row, "labels": row} for row in ids]

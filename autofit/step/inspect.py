@@ -1,0 +1,54 @@
+"""What an architecture is made of, read off its modules on meta tensors: no weights, a second or two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autofit.errors import UsageError
+from autofit.space.facts import ModelFacts
+from autofit.space.source import ModelSource
+from autofit.step.model import checkpointable_layers, empty_base, load_config
+
+
+def inspect_model(source: ModelSource) -> ModelFacts:
+    """The facts of a model folder or hub id.
+
+    Raises:
+        UsageError: no config, a config that transformers rejects, or no causal language model.
+    """
+    config = load_config(source)
+    try:
+        base = empty_base(config, "bfloat16", "sdpa", source.trust_remote_code)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise UsageError(
+            f"model {source.model}: {type(config).__name__} makes no causal language model: {reason}"
+        ) from error
+    base.tie_weights()
+    parameters = sum(p.numel() for p in base.parameters())
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return ModelFacts(
+        architecture=type(base).__name__,
+        num_parameters=parameters,
+        weight_bytes_16bit=2 * parameters,
+        checkpointable_layers=len(checkpointable_layers(base)) if base.supports_gradient_checkpointing else 0,
+        max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+        quantized_bits=_quantized_bits(getattr(config, "quantization_config", None)),
+        linear_layers=sum(isinstance(m, nn.Linear) for m in base.modules()),
+        download_bytes=0 if Path(source.model).is_dir() or source.random_weights else 2 * parameters,
+    )
+
+
+def _quantized_bits(settings: Any) -> int | None:
+    if settings is None:
+        return None
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    if values.get("load_in_4bit") or values.get("_load_in_4bit"):
+        return 4
+    if values.get("load_in_8bit") or values.get("_load_in_8bit"):
+        return 8
+    method = values.get("quant_method", "an unknown method")
+    raise UsageError(f"the checkpoint is quantized by {method}; only bitsandbytes' 4 and 8 bits can be trained here")

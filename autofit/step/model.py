@@ -1,0 +1,222 @@
+"""The one builder: base weights (real or random), quantization, LoRA, checkpointing."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.quantizers import AutoHfQuantizer
+
+from autofit.errors import UsageError
+from autofit.space.candidate import Candidate, is_checkpointed
+from autofit.space.source import ModelSource
+from autofit.step.data_access import did_you_mean, first_line, hub_error, is_hub_id
+from autofit.step.policy import StepPolicy
+
+QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
+
+
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """The model's config.
+
+    Raises:
+        UsageError: a folder that is missing or without config.json, or a config that transformers rejects.
+        AccessError: the hub's model is gated, missing or out of reach.
+    """
+    folder = Path(source.model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UsageError(f"model {source.model}: the folder has no config.json")
+    if not folder.is_dir() and (folder.exists() or not is_hub_id(source.model)):
+        raise UsageError(f"model {source.model} is no folder{did_you_mean(folder)}")
+    name = str(folder) if folder.is_dir() else source.model
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        access = hub_error("model", source.model, error)
+        if access is not None:
+            raise access from error
+        raise UsageError(f"model {source.model}: transformers rejects its config: {first_line(error)}") from error
+
+
+def build_model(candidate: Candidate, source: ModelSource, policy: StepPolicy, lora_alpha: int, seed: int) -> PeftModel:
+    """The model that trial and training run: base on `policy.device`, LoRA in float32 on it, in train mode.
+
+    Adapters (and random weights) are a function of `seed`.
+
+    Raises:
+        UsageError: the folder is no model, or its linear layers are not where `lora_targets` says.
+        torch.OutOfMemoryError: the weights alone do not fit.
+    """
+    config = load_config(source)
+    torch.manual_seed(seed)
+    make = random_base if source.random_weights else load_base
+    base = make(config, candidate, source, policy)
+    base.config.use_cache = False
+    base.requires_grad_(False)
+    set_checkpointing(base, candidate)
+    torch.manual_seed(seed)
+    model = add_lora(base, candidate, lora_alpha)
+    model.train()
+    return model
+
+
+def quantization_config(candidate: Candidate) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings for a candidate: nf4 for 4 bits, LLM.int8 for 8, None for 16."""
+    if candidate.quantization_bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=candidate.double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, candidate.dtype),
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if candidate.quantization_bits == 8 else None
+
+
+def load_base(
+    config: PreTrainedConfig, candidate: Candidate, source: ModelSource, policy: StepPolicy
+) -> PreTrainedModel:
+    """The pretrained base, read and quantized by transformers."""
+    already = getattr(config, "quantization_config", None)
+    return AutoModelForCausalLM.from_pretrained(
+        source.model,
+        config=config,
+        dtype=getattr(torch, policy.weight_dtype),
+        attn_implementation=policy.attention,
+        quantization_config=None if already else quantization_config(candidate),
+        device_map={"": policy.device},
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def empty_base(config: PreTrainedConfig, dtype: str, attention: str, trust_remote_code: bool = False) -> Any:
+    """The base without storage: parameters on meta, buffers with their values."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def random_base(
+    config: PreTrainedConfig, candidate: Candidate, source: ModelSource, policy: StepPolicy
+) -> PreTrainedModel:
+    """The base at full size with random weights, made on the device one module at a time.
+
+    Its memory and speed are those of the pretrained one: neither depends on the values.
+    """
+    base = empty_base(config, policy.weight_dtype, policy.attention, source.trust_remote_code)
+    settings = quantization_config(candidate)
+    if settings is not None:
+        quantizer = AutoHfQuantizer.from_config(settings)
+        quantizer.preprocess_model(model=base, device_map={"": policy.device}, dtype=getattr(torch, candidate.dtype))
+    device = torch.device(policy.device)
+    dtype = getattr(torch, policy.weight_dtype)
+    base.tie_weights()
+    made: dict[int, nn.Parameter] = {}
+    for module in base.modules():
+        _materialize(base, module, device, dtype, made)
+    base.tie_weights()
+    base.is_loaded_in_4bit = candidate.quantization_bits == 4
+    base.is_loaded_in_8bit = candidate.quantization_bits == 8
+    return base
+
+
+def _materialize(
+    base: Any, module: nn.Module, device: torch.device, dtype: torch.dtype, made: dict[int, nn.Parameter]
+) -> None:
+    """Gives a module's own parameters random values on the device, quantized where its class says so."""
+    placeholders = dict(module.named_parameters(recurse=False))
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, buffer.to(device))
+    if not placeholders:
+        return
+    # bitsandbytes' placeholders say float32 (or int8); what is quantized has the base's type.
+    replaced = type(placeholders.get("weight")).__name__ in QUANTIZED_PARAMETERS
+    for name, empty in placeholders.items():
+        known = made.get(id(empty))
+        target = dtype if replaced else empty.dtype
+        fresh = known if known is not None else nn.Parameter(torch.empty(empty.shape, dtype=target, device=device))
+        made[id(empty)] = fresh
+        fresh.requires_grad = False
+        module._parameters[name] = fresh
+    with torch.no_grad():
+        base._init_weights(module)
+    _quantize(module, placeholders.get("weight"), device)
+
+
+def _quantize(module: nn.Module, placeholder: nn.Parameter | None, device: torch.device) -> None:
+    kind = type(placeholder).__name__
+    if placeholder is None or kind not in QUANTIZED_PARAMETERS:
+        return
+    weight: Any = module._parameters["weight"]
+    settings = {k: v for k, v in placeholder.__dict__.items() if not k.startswith("_")}
+    if kind == "Params4bit":
+        settings.update(quant_state=None, bnb_quantized=False, module=module)
+    quantized: Any = type(placeholder)(weight.data, requires_grad=False, **settings)
+    module._parameters["weight"] = None  # frees the unquantized weight before the next is made
+    del weight
+    if kind == "Params4bit":
+        quantized._quantize(device)
+    else:
+        quantized = quantized.to(device)
+    module._parameters["weight"] = quantized
+
+
+def set_checkpointing(base: PreTrainedModel, candidate: Candidate) -> None:
+    """Lets `checkpointed_layers` evenly spread layers recompute; offloads what they keep, if asked."""
+    if candidate.checkpointed_layers == 0:
+        return
+    layers = checkpointable_layers(base)
+    if candidate.checkpointed_layers > len(layers):
+        raise UsageError(f"checkpointed_layers {candidate.checkpointed_layers}: the model has only {len(layers)}")
+    base.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        offload=candidate.offload_activations == "checkpoints",
+    )
+    # Only re-entrant checkpointing needs inputs that require gradients; here they would only cost memory.
+    base.disable_input_require_grads()
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = is_checkpointed(i, candidate.checkpointed_layers, len(layers))
+
+
+def checkpointable_layers(base: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that transformers checkpoints one by one, in order."""
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def add_lora(base: PreTrainedModel, candidate: Candidate, lora_alpha: int) -> PeftModel:
+    """LoRA in float32 on the target layers."""
+    all_linear = candidate.lora_targets == ("all-linear",)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=candidate.lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=candidate.lora_dropout,
+        target_modules="all-linear" if all_linear else list(candidate.lora_targets),
+    )
+    try:
+        model = get_peft_model(base, settings, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise UsageError(f"lora_targets {','.join(candidate.lora_targets)}: {first_line(error)}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return model
+
+
+def offload_context(model: PeftModel, candidate: Candidate) -> contextlib.AbstractContextManager[Any]:
+    """What a micro-batch runs in: TRL's activation offloading for "all", nothing otherwise."""
+    if candidate.offload_activations != "all":
+        return contextlib.nullcontext()
+    from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+    return get_act_offloading_ctx_manager(model, warn_if_no_head=False)

@@ -1,0 +1,124 @@
+"""What training runs in its supervised child process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset, DatasetDict, load_from_disk
+from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from autofit.memory.meter import Meter, open_meter
+from autofit.step.data import truncate
+from autofit.step.optimizer import build_optimizer
+from autofit.step.policy import resolve_policy
+from autofit.step.step import build_step
+from autofit.step.tokenizer import pad_token_id
+from autofit.training.arguments import training_arguments
+from autofit.training.request import TrainingRequest
+from autofit.training.trainer import StepTrainer
+from autofit.trial.phases import PhaseReport
+
+
+def run_training(request: dict[str, Any], report: PhaseReport) -> dict[str, Any]:
+    """Trains a `TrainingRequest` to its end; returns steps, losses, peaks in bytes, and whether it was interrupted.
+
+    SIGTERM ends it at the next step boundary, with a checkpoint.
+
+    Raises:
+        torch.OutOfMemoryError: a step did not fit after all.
+        NonFiniteLoss: the loss is no number any more.
+    """
+    asked = TrainingRequest.from_json(request)
+    with open_meter(asked.device.type, asked.cap_bytes) as meter:
+        return _train(asked, report, meter)
+
+
+def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[str, Any]:
+    report("build")
+    output_dir = Path(asked.output_dir)
+    policy = resolve_policy(asked.candidate, asked.device)
+    step = build_step(asked.candidate, asked.source, policy, asked.lora_alpha, asked.schedule.seed)
+    meter.hold([*step.model.parameters(), *step.model.buffers()])
+    tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer_dir)
+    data = {name: truncate(split, asked.candidate.max_seq_length) for name, split in _splits(asked.data_dir).items()}
+    schedule = asked.schedule
+    optimizer = build_optimizer(step.model, asked.candidate, policy, schedule.learning_rate, schedule.weight_decay)
+    record = RunRecord(output_dir, report)
+    trainer = StepTrainer(
+        step,
+        asked.candidate,
+        pad_token_id(tokenizer),
+        training_arguments(schedule, output_dir, asked.device.type),
+        train_dataset=data["train"],
+        eval_dataset=data["eval"] if schedule.evaluate else None,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[record],
+    )
+    signal.signal(signal.SIGTERM, lambda *_: record.stop())
+    meter.reset_peak()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
+    peaks = meter.peaks()
+    report("save")
+    if not record.stopping:
+        step.model.save_pretrained(str(output_dir / "adapter"))
+        tokenizer.save_pretrained(str(output_dir / "adapter"))
+    return {
+        "interrupted": record.stopping,
+        "steps": trainer.state.global_step,
+        "first_loss": record.first_loss,
+        "last_loss": record.last_loss,
+        "peak_allocated_bytes": peaks.allocated_bytes,
+        "peak_reserved_bytes": peaks.reserved_bytes,
+        "device_bytes": peaks.device_bytes,
+    }
+
+
+def _splits(folder: str) -> dict[str, Dataset]:
+    return {str(name): split for name, split in cast(DatasetDict, load_from_disk(folder)).items()}
+
+
+class RunRecord(TrainerCallback):
+    """Writes metrics.jsonl, tells the phase, and stops at a step's end when asked to."""
+
+    def __init__(self, output_dir: Path, report: PhaseReport) -> None:
+        self.file = output_dir / "metrics.jsonl"
+        self.report: Callable[..., None] = report
+        self.stopping = False
+        self.first_loss: float | None = None
+        self.last_loss: float | None = None
+        self.started = time.time()
+
+    def stop(self) -> None:
+        """Asks for a checkpoint and an end at the next step boundary."""
+        self.stopping = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.stopping:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        line = {"step": state.global_step, "seconds": round(time.time() - self.started, 3), **(logs or {})}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if "loss" in line:
+            self.last_loss = line["loss"]
+            self.first_loss = line["loss"] if self.first_loss is None else self.first_loss
+        self.report("train", step=state.global_step, max_steps=state.max_steps, **(logs or {}))

@@ -1,0 +1,64 @@
+"""The first job of a run, in a child of its own: the device, the model's facts, tokenizer and data on disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+
+from autofit.memory.device import detect_device
+from autofit.space.source import ModelSource
+from autofit.step.data import data_facts, load_data, prepare, split_eval
+from autofit.step.default_model import save_default_model
+from autofit.step.inspect import inspect_model
+from autofit.step.tokenizer import LoadedTokenizer, byte_tokenizer, load_tokenizer
+from autofit.trial.phases import PhaseReport
+
+
+def run_preparation(request: dict[str, Any], report: PhaseReport) -> dict[str, Any]:
+    """Writes `work/tokenizer`, `work/data` (and `base/` for the embedded model) into request["folder"].
+
+    Returns the source and the facts of device, model and data, and notes for the user, as JSON.
+
+    Raises:
+        UsageError, DataError, AccessError: what loading the model, its tokenizer or the data says.
+    """
+    folder = Path(request["folder"])
+    work = folder / "work"
+    report("device")
+    device = detect_device()
+    report("model")
+    source, loaded = _model(request, folder / "base")
+    model = inspect_model(source)
+    report("data")
+    prepared = prepare(load_data(request["data"]), loaded.tokenizer)
+    train, evaluation = split_eval(prepared.dataset, request["eval_fraction"], request["seed"])
+    splits = DatasetDict({"train": train} if evaluation is None else {"train": train, "eval": evaluation})
+    splits.save_to_disk(work / "data")
+    loaded.tokenizer.save_pretrained(work / "tokenizer")
+    facts = data_facts(train, prepared.facts.dropped_examples, len(evaluation) if evaluation is not None else 0)
+    return {
+        "source": asdict(source),
+        "model": model.to_json(),
+        "data": facts.to_json(),
+        "device": device.to_json(),
+        "notes": [*loaded.notes, *prepared.notes],
+    }
+
+
+def _model(request: dict[str, Any], base: Path) -> tuple[ModelSource, LoadedTokenizer]:
+    if request["model"] is None:
+        tokenizer = byte_tokenizer()
+        save_default_model(base, tokenizer, request["seed"])
+        return ModelSource(model=str(base)), LoadedTokenizer(tokenizer, [])
+    source = ModelSource(
+        model=request["model"],
+        random_weights=request["random_weights"],
+        trust_remote_code=request["trust_remote_code"],
+    )
+    loaded = load_tokenizer(source.model, source.trust_remote_code, allow_byte_tokenizer=source.random_weights)
+    if source.random_weights:
+        loaded.notes.append("the base weights are random: this measures and exercises, it teaches nothing")
+    return source, loaded

@@ -1,0 +1,345 @@
+"""The main job: prepare, search, hand over, train; each in child processes, all on record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from autofit.config import RunConfig
+from autofit.errors import BY_NAME, AutofitError, NothingFits
+from autofit.search.controller import measure
+from autofit.search.fit_report import FitReport, GivenUp, given_up, why_nothing_fits
+from autofit.search.outcome import SearchOutcome, SearchSpace, Trial, TrialEvent
+from autofit.search.runner import SandboxRunner
+from autofit.search.study import TrialStudy
+from autofit.space.budget import MemoryBudget, make_budget
+from autofit.space.candidate import Candidate
+from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
+from autofit.space.ladder import Limits
+from autofit.space.source import ModelSource
+from autofit.space.units import format_bytes
+from autofit.space.wish import check_pins, make_wish
+from autofit.step.policy import default_dtype
+from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
+from autofit.training.request import Schedule, TrainingRequest
+from autofit.training.resources import check_resources
+from autofit.training.workspace import Staging, Workspace, choose_folder, environment
+from autofit.trial.classify import classify
+from autofit.trial.job import Job, Outcome
+from autofit.trial.result import TrialStatus
+from autofit.trial.sandbox import Sandbox
+
+PRELOAD = ("autofit.trial.child", "autofit.training.prepare", "autofit.training.child")
+
+
+class Narrator(Protocol):
+    """Whoever tells the user what happens."""
+
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def trial(self, event: TrialEvent) -> None: ...
+    def plan(self, report: FitReport) -> None: ...
+    def training(self, record: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the preparation found."""
+
+    source: ModelSource
+    model: ModelFacts
+    data: DataFacts
+    device: DeviceFacts
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A finished run. `training` is what the training child measured (`training.child.run_training`)."""
+
+    folder: Path
+    report: FitReport
+    source: ModelSource
+    training: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints: the folder, the plan, and the training's steps, losses and peaks."""
+        return {"folder": str(self.folder), "plan": self.report.to_json(), "training": self.training}
+
+
+def execute(config: RunConfig, narrator: Narrator) -> RunSummary:
+    """Runs a config to its end.
+
+    Raises:
+        AutofitError: with the exit code and the one line that says what is wrong.
+        KeyboardInterrupt: interrupted; the same output folder goes on from there.
+    """
+    workspace = Workspace(choose_folder(config.output_dir))
+    with Sandbox(preload=PRELOAD) as sandbox:
+        run = _Run(config, narrator, workspace, sandbox)
+        prepared = run.prepare()
+        report = run.fit(prepared)
+        training = run.train(prepared, report)
+    return RunSummary(folder=workspace.folder, report=report, source=prepared.source, training=training)
+
+
+class _Run:
+    def __init__(self, config: RunConfig, narrator: Narrator, workspace: Workspace, sandbox: Sandbox) -> None:
+        self.config, self.narrator, self.workspace, self.sandbox = config, narrator, workspace, sandbox
+
+    # ---- prepare ----
+
+    def prepare(self) -> Prepared:
+        """Facts of device, model and data; the run's folder exists only once they are good."""
+        target = self.workspace.folder
+        self.narrator.say("reading model and data")
+        with Staging(target) as staging:
+            found = self._job("autofit.training.prepare:run_preparation", self._preparation(staging.folder), staging)
+            source = ModelSource(**found["source"])
+            if self.config.embedded:
+                source = ModelSource(model=str(target / "base"))
+            prepared = Prepared(
+                source=source,
+                model=ModelFacts.from_json(found["model"]),
+                data=DataFacts.from_json(found["data"]),
+                device=DeviceFacts.from_json(found["device"]),
+                notes=tuple(found["notes"]),
+            )
+            self._question(prepared)  # what the request itself rules out, before anything is written
+            staging.publish()
+        self._write_request()
+        for note in prepared.notes:
+            self.narrator.say(note)
+        return prepared
+
+    def _preparation(self, folder: Path) -> dict[str, Any]:
+        config = self.config
+        return {
+            "folder": str(folder),
+            "model": config.model,
+            "data": config.data,
+            "random_weights": config.random_weights,
+            "trust_remote_code": config.trust_remote_code,
+            "eval_fraction": config.eval_fraction,
+            "seed": config.seed,
+        }
+
+    def _write_request(self) -> None:
+        self.workspace.write_yaml("resolved.yaml", json.loads(self.config.model_dump_json()))
+        self.workspace.write_json("env.json", environment())
+
+    # ---- fit ----
+
+    def fit(self, prepared: Prepared) -> FitReport:
+        """Searches for the candidate to train."""
+        space, budget = self._question(prepared)
+        self._announce(prepared, budget, space.wish.max_seq_length)
+        study = TrialStudy(self.workspace.folder, self._fingerprint(prepared, budget))
+        runner = SandboxRunner(
+            sandbox=self.sandbox,
+            folder=self.workspace.work / "trials",
+            source=ModelSource(**{**asdict(prepared.source), "random_weights": True}),
+            device=prepared.device,
+            budget=budget,
+            lora_alpha=self.config.lora_alpha,
+            seed=self.config.seed,
+            deadline_seconds=self.config.trial_timeout,
+        )
+        outcome = measure(space, budget, runner, study, self._on_trial)
+        if outcome.winner is None:
+            raise self._no_winner(outcome, space, budget, prepared.device)
+        report = self._report(prepared, space.wish, budget, outcome, outcome.winner)
+        self.workspace.write_json("plan.json", report.to_json())
+        self.workspace.event("chosen", **outcome.winner.candidate.to_json())
+        self.narrator.plan(report)
+        return report
+
+    def _question(self, prepared: Prepared) -> tuple[SearchSpace, MemoryBudget]:
+        config, device = self.config, prepared.device
+        budget = make_budget(config.gpu_mem, device)
+        dtype = config.dtype or default_dtype(device)
+        wish = make_wish(prepared.model, prepared.data, budget, dtype, config.global_batch_size, config.asked)
+        check_pins(wish, frozenset(config.pin), prepared.model, budget)
+        limits = Limits(
+            global_batch_size=config.global_batch_size,
+            checkpointable_layers=prepared.model.checkpointable_layers,
+            can_page=device.type == "cuda",
+            can_quantize=prepared.model.quantized_bits is None,
+            double_quant=config.double_quant,
+            pins=frozenset(config.pin),
+            minima=config.min,
+            allow=frozenset(config.allow),
+        )
+        return SearchSpace(wish=wish, limits=limits, order=config.order), budget
+
+    def _announce(self, prepared: Prepared, budget: MemoryBudget, longest: int) -> None:
+        device, data, model = prepared.device, prepared.data, prepared.model
+        if budget.clamped_from_bytes is not None:
+            self.narrator.warn(
+                f"the budget of {format_bytes(budget.clamped_from_bytes)} is more than {device.name} has; "
+                f"using all of its {format_bytes(budget.total_bytes)}"
+            )
+        headroom = f", {format_bytes(budget.headroom_bytes)} headroom" if budget.headroom_bytes else ""
+        self.narrator.say(f"device   {device.name}, budget {format_bytes(budget.total_bytes)}{headroom}")
+        self.narrator.say(f"model    {model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters")
+        dropped = f", {data.dropped_examples} without anything to train on left out" if data.dropped_examples else ""
+        self.narrator.say(f"data     {data.num_examples:,} examples, at most {data.longest:,} tokens{dropped}")
+
+        if data.longest > longest:
+            examples, share = data.truncation_cost(longest)
+            self.narrator.warn(
+                f"sequences are cut to {longest:,} tokens: {examples:,} of {data.num_examples:,} examples "
+                f"and {share:.1%} of the trained tokens are cut"
+            )
+
+    def _fingerprint(self, prepared: Prepared, budget: MemoryBudget) -> str:
+        """What a trial's result depends on besides its candidate."""
+        question = {
+            "model": [asdict(prepared.source), prepared.model.to_json()],
+            "device": prepared.device.to_json(),
+            "budget": asdict(budget),
+            "environment": environment(),
+        }
+        return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+
+    def _on_trial(self, event: TrialEvent) -> None:
+        if event.kind != "stored":
+            result = event.result.to_json() if event.result else {}
+            self.workspace.event(f"trial_{event.kind}", number=event.number, reason=event.reason, **result)
+        self.narrator.trial(event)
+
+    def _no_winner(
+        self, outcome: SearchOutcome, space: SearchSpace, budget: MemoryBudget, device: DeviceFacts
+    ) -> AutofitError:
+        reason = why_nothing_fits(outcome, space, budget, device)
+        self.workspace.event("nothing_fits", reason=reason)
+        crashed = all(trial.result.status is TrialStatus.CRASHED for trial in outcome.trials)
+        return AutofitError(reason) if crashed else NothingFits(reason)
+
+    def _report(
+        self, prepared: Prepared, wish: Candidate, budget: MemoryBudget, outcome: SearchOutcome, winner: Trial
+    ) -> FitReport:
+        config, data = self.config, prepared.data
+        steps = optimizer_steps(data.num_examples, config.global_batch_size, config.num_train_epochs, config.max_steps)
+        speed = winner.result.tokens_per_second
+        seconds = None
+        if speed:
+            seconds = estimated_seconds(data.lengths, winner.candidate, config.global_batch_size, steps, speed)
+        return FitReport(
+            device=prepared.device,
+            budget=budget,
+            wish=wish,
+            winner=winner,
+            given_up=self._given_up(data, wish, winner.candidate),
+            trials=outcome.trials,
+            num_checkpointable_layers=prepared.model.checkpointable_layers,
+            num_examples=data.num_examples,
+            optimizer_steps=steps,
+            seconds_estimated=seconds,
+        )
+
+    def _given_up(self, data: DataFacts, wish: Candidate, chosen: Candidate) -> tuple[GivenUp, ...]:
+        examples, share = data.truncation_cost(chosen.max_seq_length)
+        cost = f"{examples:,} of {data.num_examples:,} examples and {share:.1%} of the trained tokens are cut"
+        return given_up(wish, chosen, cost)
+
+    # ---- train ----
+
+    def train(self, prepared: Prepared, report: FitReport) -> dict[str, Any]:
+        """Hands the winner, unchanged, to the training child."""
+        winner = report.winner
+        check_resources(
+            self.workspace.folder,
+            prepared.model,
+            winner.candidate,
+            prepared.device,
+            winner.result.trainable_parameters or 0,
+        )
+        if report.seconds_estimated is not None:
+            self.narrator.say(
+                f"training {spoken(report.seconds_estimated)} for {report.optimizer_steps:,} steps "
+                f"of {self.config.global_batch_size} examples"
+            )
+        request = TrainingRequest(
+            candidate=winner.candidate,
+            source=prepared.source,
+            device=prepared.device,
+            cap_bytes=report.budget.usable_bytes,
+            lora_alpha=self.config.lora_alpha,
+            schedule=self._schedule(),
+            data_dir=str(self.workspace.work / "data"),
+            tokenizer_dir=str(self.workspace.work / "tokenizer"),
+            output_dir=str(self.workspace.folder),
+        )
+        self.workspace.event("training_start")
+        try:
+            result = self._job("autofit.training.child:run_training", request.to_json(), self.workspace, self._progress)
+        except KeyboardInterrupt:
+            self.workspace.event("training_interrupted")
+            raise
+        self.workspace.event("training_end", **result)
+        return result
+
+    def _schedule(self) -> Schedule:
+        config = self.config
+        return Schedule(
+            global_batch_size=config.global_batch_size,
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps if config.max_steps is not None else -1,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            save_steps=config.save_steps,
+            seed=config.seed,
+            evaluate=config.eval_fraction > 0,
+        )
+
+    def _progress(self) -> None:
+        try:
+            record = json.loads((self._job_folder(self.workspace, "train") / "phase.json").read_text())
+        except (OSError, ValueError):
+            return  # not written yet
+        self.narrator.training(record)
+
+    # ---- jobs ----
+
+    def _job_folder(self, where: Workspace | Staging, name: str) -> Path:
+        return where.folder / "work" / name
+
+    def _job(
+        self,
+        entry: str,
+        request: dict[str, Any],
+        where: Workspace | Staging,
+        poll: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        """Runs a job that must succeed; returns what it returned.
+
+        Raises:
+            AutofitError: the child's own one-line error, or how it ended.
+        """
+        name = "train" if poll else "prepare"
+        job = Job(entry=entry, request=request, folder=self._job_folder(where, name), deadline_seconds=None)
+        outcome = self.sandbox.run(job, poll)
+        if outcome.result is None:
+            raise _as_error(name, outcome)
+        if outcome.result.get("interrupted"):
+            raise KeyboardInterrupt
+        return outcome.result
+
+
+def _as_error(name: str, outcome: Outcome) -> AutofitError:
+    """The error that a child's end means, in one line."""
+    error = outcome.error or {}
+    for base in error.get("bases", ()):
+        module, _, cls = base.rpartition(".")
+        if module == "autofit.errors":
+            return BY_NAME[cls](error["message"])
+    status, message = classify(outcome)
+    return AutofitError(f"{name}: {status.value} in {outcome.phase}: {message}")

@@ -1,0 +1,22 @@
+"""A process with a sandbox, for the tests to kill: controller.py ENTRY REQUEST_JSON FOLDER START_METHOD."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from autofit.trial.sandbox import Job, Sandbox
+
+if __name__ == "__main__":
+    entry, request, folder, method = sys.argv[1:]
+    with Sandbox(preload=("json",), start_method=method) as sandbox:  # type: ignore[arg-type]
+        sandbox.start()
+        runner = sandbox._runner
+        print(runner.pid, flush=True)  # type: ignore[union-attr]
+        job = Job(entry=entry, request=json.loads(request), folder=Path(folder), deadline_seconds=60, grace_seconds=5)
+        try:
+            sandbox.run(job)
+        except KeyboardInterrupt:
+            print(json.dumps({"interrupted": sandbox.last_outcome.interrupted}), flush=True)  # type: ignore[union-attr]
+            sys.exit(130)
