@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -20,7 +19,7 @@ from autofit.errors import AccessError
 
 # A gated repository's error is one of the missing ones; so is a private one's, for who may not see it.
 _REFUSED = (RepositoryNotFoundError, DatasetNotFoundError)
-_UNREACHED = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError, httpx.TransportError)
+_UNREACHED = (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_NAME = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|ya?ml|gz|zip|safetensors|bin|gguf)", re.IGNORECASE)
@@ -52,12 +51,17 @@ def hub_error(kind: str, name: str, error: BaseException) -> AccessError | None:
             f"{kind} {name} is gated, private or missing (and no path here): accept its licence at {page} "
             f"and log in with `hf auth login`{hint}"
         )
-    if any(isinstance(cause, _UNREACHED) for cause in causes):
+    if any(isinstance(cause, _UNREACHED) or _is_transport_error(cause) for cause in causes):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         return AccessError(
             f"{kind} {name} is neither a path nor in the hub's cache here, and we are offline ({why}){hint}"
         )
     return None
+
+
+def _is_transport_error(error: BaseException) -> bool:
+    """Whether httpx says so, by name: the hub's client brings one or another major version of it."""
+    return any(base.__name__ == "TransportError" for base in type(error).__mro__)
 
 
 def first_line(error: BaseException) -> str:

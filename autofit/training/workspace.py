@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from autofit import __version__
 from autofit.errors import UsageError
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "optuna", "trl")
@@ -121,8 +122,15 @@ def _replace(source: Path, target: Path) -> None:
 def environment() -> dict[str, Any]:
     """Versions and platform, for env.json. Asks the package metadata; imports nothing."""
     return {
-        "autofit": metadata.version("autofit-qlora"),
+        "autofit": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        "libraries": {name: _version(name) for name in LIBRARIES},
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

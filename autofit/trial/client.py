@@ -87,6 +87,10 @@ class ServerClient:
         """The server's process id."""
         return self._process.pid
 
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
     def wait_ready(self, poll: Poll) -> None:
         """Waits for the imports.
 

@@ -62,9 +62,8 @@ class Server:
                 message = self._next_message()
                 if "run" in message:
                     self._run(message)
-                elif "stop" in message and self._last_ended is not None:
-                    # Said again, in case the controller was interrupted while it read it.
-                    self._send(self._last_ended)
+                elif "stop" in message:
+                    self._answer_late_stop(message["stop"])
         processes.end_descendants(set(), settle_seconds=0)
 
     def _catch_signals(self) -> None:
@@ -114,6 +113,13 @@ class Server:
             os.close(alive)
             self._child = None
         self._send_ended(ended)
+
+    def _answer_late_stop(self, job: int) -> None:
+        """The controller was interrupted before it had asked for the job, or while it read how it ended."""
+        if self._last_ended is not None and self._last_ended["ended"] == job:
+            self._send(self._last_ended)
+        else:
+            self._send({"ended": job, "how": asdict(Ended(interrupted=True, note="interrupted before it began"))})
 
     def _send_ended(self, ended: Ended) -> None:
         self._last_ended = {"ended": self._job, "how": asdict(ended)}

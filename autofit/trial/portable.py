@@ -51,6 +51,10 @@ class PortableRunner:
         self._begun = 0.0
         self._folder = Path()
 
+    def alive(self) -> bool:
+        """There is no server that could die."""
+        return True
+
     def run(self, job: Job, poll: Callable[[], None]) -> Ended:
         """As `ServerClient.run`. Raises what `poll` raises; call `stop` then."""
         self._start(job)

@@ -20,6 +20,8 @@ StartMethod = Literal["fork", "spawn"]
 
 
 class _Runner(Protocol):
+    def alive(self) -> bool: ...
+
     def run(self, job: Job, poll: Poll) -> Ended: ...
 
     def stop(self, grace_seconds: float) -> Ended: ...
@@ -100,6 +102,8 @@ class Sandbox:
             raise
 
     def _started(self, poll: Poll) -> _Runner:
+        if self._runner is not None and not self._runner.alive():
+            self.close()
         if self._runner is None:
             self._runner = PortableRunner() if not hasattr(os, "fork") else self._start_server(poll)
         return self._runner
@@ -132,7 +136,7 @@ def _prepare(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     for name in (files.RESULT, files.PHASE, files.STDOUT_TAIL, files.STDERR_TAIL):
         (job.folder / name).unlink(missing_ok=True)
-    request = {"entry": job.entry, "request": job.request, "env": dict(job.env)}
+    request = {"entry": job.entry, "request": job.request, "env": dict(job.env), "cwd": os.getcwd()}
     json.dumps(request)  # raise before anything is on disk
     files.write_json(job.folder / files.REQUEST, request)
 

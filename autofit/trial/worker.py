@@ -40,6 +40,7 @@ def run_job(folder: Path) -> int:
         asked = files.read_json(folder / files.REQUEST)
         if asked is None:
             raise EntryError(f"{folder / files.REQUEST} is missing or not JSON")
+        os.chdir(asked["cwd"])  # the server's may be older than the controller's
         os.environ.update(asked["env"])
         function = resolve(asked["entry"])
         result = function(asked["request"], PhaseReport(folder / files.PHASE))

@@ -252,10 +252,12 @@ def memory_cgroup(limit_bytes: int) -> Path | None:
         except OSError:
             continue
         try:
-            (group / limit).write_text(str(limit_bytes))
-            return group
+            if (group / limit).exists() and (group / "cgroup.procs").exists():
+                (group / limit).write_text(str(limit_bytes))
+                return group
         except OSError:
-            group.rmdir()
+            pass
+        group.rmdir()
     return None
 
 
