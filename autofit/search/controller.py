@@ -49,7 +49,7 @@ class _Search:
         if rung is None:
             return self._nothing_fits()
         growth = Growth(self._space, self._facts, self._predictor, rung)
-        while self._left and rung.candidate != self._space.wish and (choice := growth.choose()):
+        while self._left and (choice := growth.choose()):
             self._try(choice)
         winner = fastest(self._facts, rung, self._space.wish)
         return SearchOutcome(winner=winner, rung=rung, trials=tuple(self._facts.trials))

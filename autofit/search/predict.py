@@ -110,7 +110,18 @@ class Predictor:
         """Adapters and their states: bytes that depend on neither tokens nor bits."""
         rank = candidate.lora_rank / self._wish.lora_rank
         states = 0.0 if candidate.optimizer.startswith("paged_") else _STATES_PRIOR
-        return self._facts.usable_bytes * rank * (_ADAPTERS_PRIOR - _STATES_PRIOR + states)
+        return self._fixed_scale() * rank * (_ADAPTERS_PRIOR - _STATES_PRIOR + states)
+
+    def _fixed_scale(self) -> float:
+        """The priors are of the usable bytes, but never most of what a step was seen to add to the weights."""
+        added = [
+            need - trial.result.static_bytes
+            for trial in self._facts.trials
+            if trial.result.status is TrialStatus.FIT
+            and trial.result.static_bytes
+            and (need := measured_need(trial.result)) is not None
+        ]
+        return max(min([self._facts.usable_bytes, *(10 * a for a in added)]), 0)
 
     def _kept_tokens(self, candidate: Candidate, kept: float) -> float:
         share = candidate.checkpointed_layers / self._layers
@@ -128,7 +139,7 @@ class Predictor:
             statics = [t.result.static_bytes for t in self._facts.trials if t.candidate.quantization_bits == bits]
             known = [s for s in statics if s]
             points += [_Point(None, max(known), _STATIC)] if known else []
-            points += [_Point(None, 0.25 * self._facts.usable_bytes, _GUESS)] if not known else []
+            points += [_Point(None, min(p.need for p in points) / 2, _GUESS)] if not known else []
         return points
 
     def _point(self, trial: Trial) -> _Point | None:

@@ -31,11 +31,9 @@ class SandboxRunner:
     lora_alpha: int
     seed: int
     deadline_seconds: float
-    count: int = 0
 
     def run(self, candidate: Candidate) -> TrialResult:
         """One trial. Whatever happens in the child comes back as a value."""
-        self.count += 1
         request = TrialRequest(
             candidate=candidate,
             source=self.source,
@@ -48,10 +46,15 @@ class SandboxRunner:
         job = Job(
             entry=ENTRY,
             request=request.to_json(),
-            folder=self.folder / f"{self.count:02d}",
+            folder=self._new_folder(),
             deadline_seconds=self.deadline_seconds,
         )
         return trial_result(self.sandbox.run(job))
+
+    def _new_folder(self) -> Path:
+        """The next number; an earlier start of the same run may have left some."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{1 + sum(1 for _ in self.folder.iterdir()):02d}"
 
 
 def trial_result(outcome: Outcome) -> TrialResult:

@@ -83,8 +83,10 @@ class Candidate:
         return self.tokens_per_micro_batch or self.micro_batch_size * self.max_seq_length
 
     def replace(self, **changes: Any) -> Candidate:
-        """A copy with these fields changed. A changed micro-batch or length resets `tokens_per_micro_batch`."""
-        if {"micro_batch_size", "max_seq_length"} & changes.keys():
+        """A copy with these fields changed. `tokens_per_micro_batch` stays where it is less than the new product."""
+        rows = changes.get("micro_batch_size", self.micro_batch_size)
+        length = changes.get("max_seq_length", self.max_seq_length)
+        if self.tokens_per_micro_batch is not None and self.tokens_per_micro_batch >= rows * length:
             changes.setdefault("tokens_per_micro_batch", None)
         if changes.get("quantization_bits") == 4 and self.quantization_bits != 4:
             changes.setdefault("double_quant", True)

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from autofit.errors import DataError
 from autofit.space.facts import DataFacts
 from autofit.step.data_access import first_line, hub_error, is_hub_id
-from autofit.step.data_columns import KNOWN_COLUMNS, find_format
-from autofit.step.data_files import Rows, read_path, rows_of_dataset
+from autofit.step.data_columns import find_format
+from autofit.step.data_files import Rows, held_out, read_path, rows_of_dataset
 from autofit.step.default_data import default_pairs
 from autofit.step.tokenizer import ensure_chat_template
 from autofit.step.trl_prepare import prepare_with_trl, quiet_datasets
@@ -75,7 +75,9 @@ def load_data(spec: str | None) -> RawData:
         return RawData(datasets.Dataset.from_list(default_pairs()), 0, ())
     path = Path(spec).expanduser()
     sources = read_path(path) if path.exists() or not is_hub_id(spec) else [_read_hub(spec)]
-    return _in_one_shape(spec, sources)
+    aside = held_out(path) if path.is_dir() else []
+    notes = (f"not trained on, as they are for testing: {', '.join(file.name for file in aside)}",) if aside else ()
+    return _in_one_shape(spec, sources, notes)
 
 
 def prepare(raw: RawData, tokenizer: PreTrainedTokenizerBase, max_seq_length: int | None = None) -> PreparedData:
@@ -210,17 +212,16 @@ def _read_hub(name: str) -> Rows:
         if access is not None:
             raise access from error
         raise DataError(f"data set {name} on the hub cannot be loaded: {first_line(error)}") from error
-    find_format(dataset.column_names, name)
-    return rows_of_dataset(name, dataset, KNOWN_COLUMNS)
+    return rows_of_dataset(name, dataset)
 
 
-def _in_one_shape(name: str, sources: list[Rows]) -> RawData:
+def _in_one_shape(name: str, sources: list[Rows], notes: tuple[str, ...]) -> RawData:
     total = sum(len(rows.records) for rows in sources)
     if total == 0:
         raise DataError(f"data {name} has no rows")
     columns = {column for rows in sources for record in rows.records for column in record}
     form = find_format(columns, name)
-    converted = []
+    converted: list[dict] = []
     for rows in sources:
         for index, record in enumerate(rows.records):
             row = form.convert(record, rows.where(index))
@@ -233,7 +234,8 @@ def _in_one_shape(name: str, sources: list[Rows]) -> RawData:
     dropped = total - len(converted)
     if not converted:
         raise DataError(f"data {name}: none of its {total} rows has text in {read}")
-    notes = (f"{dropped} of {total} rows have no text in {read}: dropped",) if dropped else ()
+    if dropped:
+        notes = (*notes, f"{dropped} of {total} rows have no text in {read}: dropped")
     return RawData(datasets.Dataset.from_list(converted), dropped, notes)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.parquet
 
 from autofit.errors import DataError
 from autofit.step.data_access import did_you_mean, first_line
+from autofit.step.data_columns import KNOWN_COLUMNS, find_format
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -30,8 +32,8 @@ class Rows:
     """
 
     name: str
-    records: list[Mapping[str, Any]]
-    lines: list[int] = field(default_factory=list)
+    records: Sequence[Mapping[str, Any]]
+    lines: Sequence[int] = ()
 
     def where(self, index: int) -> str:
         """`file:line`, or `file, row 7` (rows count from 1)."""
@@ -54,11 +56,23 @@ def read_path(path: Path) -> list[Rows]:
     raise DataError(f"data {path} does not exist{did_you_mean(path)}")
 
 
-def rows_of_dataset(name: str, dataset: datasets.Dataset, wanted: Iterable[str]) -> Rows:
-    """The rows of a `datasets.Dataset`. Columns that nobody wants are named but not decoded: they may be images."""
-    kept = dataset.select_columns([column for column in dataset.column_names if column in set(wanted)])
-    blank: dict[str, Any] = dict.fromkeys(dataset.column_names)
-    return Rows(name, [{**blank, **record} for record in kept])
+def rows_of_dataset(name: str, dataset: datasets.Dataset) -> Rows:
+    """The rows of a `datasets.Dataset`, known columns only: others may be images, and are not decoded.
+
+    Raises:
+        DataError: the columns are of no known kind.
+    """
+    find_format(dataset.column_names, name)
+    known = [column for column in dataset.column_names if column in KNOWN_COLUMNS]
+    return Rows(name, list(dataset.select_columns(known).with_format(None)))
+
+
+def held_out(folder: Path) -> list[Path]:
+    """Files kept for testing, beside a file whose name starts with `train`: they are not trained on."""
+    files = _data_files(folder)
+    if not any(file.name.startswith("train") for file in files):
+        return []
+    return [file for file in files if file.name.startswith(("test", "val", "eval", "dev"))]
 
 
 def _read_folder(folder: Path) -> list[Rows]:
@@ -69,12 +83,15 @@ def _read_folder(folder: Path) -> list[Rows]:
         return _read_folder(folder / "train")
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         return [_read_saved(folder)]
-    files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.name[0] not in "._"]
-    # A folder with splits, as the hub's are: what is kept for testing is not trained on.
-    files = [f for f in files if f.name.startswith("train")] or files
+    aside = held_out(folder)
+    files = [file for file in _data_files(folder) if file not in aside]
     if not files:
         raise DataError(f"data folder {folder} has no {', '.join(SUFFIXES)} file and is not a saved data set")
     return [_read_file(file) for file in files]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES and file.name[0] not in "._"]
 
 
 def _read_saved(folder: Path) -> Rows:
@@ -82,7 +99,7 @@ def _read_saved(folder: Path) -> Rows:
         dataset = datasets.load_from_disk(str(folder))
     except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise DataError(f"data {folder} is a broken saved data set: {first_line(error)}") from error
-    return Rows(str(folder), list(dataset))
+    return rows_of_dataset(str(folder), dataset)
 
 
 def _read_file(file: Path) -> Rows:
@@ -145,13 +162,14 @@ def _read_json(file: Path) -> Rows:
 
 
 def _read_csv(file: Path) -> Rows:
-    reader = csv.DictReader(_read_text(file).splitlines(keepends=True), strict=True)
+    csv.field_size_limit(2**31 - 1)
+    # Not splitlines, which splits at more than line ends.
+    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
     records: list[Mapping[str, Any]] = []
     lines = []
-    csv.field_size_limit(2**31 - 1)
     line = 1
     try:
-        # Every row starts on the line after the last one's end.
+        # A row starts on the line after the last one's end.
         line = reader.line_num + 1 if reader.fieldnames else 1
         for record in reader:
             if None in record:

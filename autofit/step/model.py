@@ -115,8 +115,8 @@ def random_base(
     """
     base = empty_base(config, policy.weight_dtype, policy.attention, source.trust_remote_code)
     settings = quantization_config(candidate)
-    if settings is not None:
-        quantizer = AutoHfQuantizer.from_config(settings)
+    quantizer = AutoHfQuantizer.from_config(settings) if settings is not None else None
+    if quantizer is not None:
         quantizer.preprocess_model(model=base, device_map={"": policy.device}, dtype=getattr(torch, candidate.dtype))
     device = torch.device(policy.device)
     dtype = getattr(torch, policy.weight_dtype)
@@ -125,8 +125,9 @@ def random_base(
     for module in base.modules():
         _materialize(base, module, device, dtype, made)
     base.tie_weights()
-    base.is_loaded_in_4bit = candidate.quantization_bits == 4
-    base.is_loaded_in_8bit = candidate.quantization_bits == 8
+    if quantizer is not None:
+        base.hf_quantizer = quantizer
+        quantizer.postprocess_model(base)
     return base
 
 

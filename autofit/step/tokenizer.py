@@ -76,8 +76,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False, allow_byte_token
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             return _byte_tokenizer_for(folder, allow_byte_tokenizer)
     elif folder.exists() or not is_hub_id(model):
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise UsageError(f"model {model}: {folder} {what}{did_you_mean(folder)}")
+        what = "is a file, not a folder" if folder.exists() else f"does not exist{did_you_mean(folder)}"
+        raise UsageError(f"model folder {folder} {what}")
     tokenizer = _from_pretrained(str(folder) if folder.is_dir() else model, folder.is_dir(), trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {model} has no end token; set eos_token in its tokenizer_config.json")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
+import transformers
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -25,12 +27,12 @@ def prepare_with_trl(
     With prompts and completions only the completion is trained; else everything is. With `max_length`, sequences are
     cut to that many tokens from their start, and those left without a label are dropped.
     """
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         _tokenizer=tokenizer,
         completion_only_loss={"prompt", "completion"}.issubset(dataset.column_names),
         chat_template=None,
     )
-    arguments = SimpleNamespace(
+    arguments: Any = SimpleNamespace(
         max_length=max_length,
         truncation_mode="keep_start",
         dataset_text_field="text",
@@ -45,13 +47,20 @@ def prepare_with_trl(
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No progress bars and no warnings from the datasets library inside; as it was afterwards."""
-    bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    """No progress bars of datasets and no warnings inside; as it was afterwards.
+
+    Among them is transformers' warning of a sequence beyond the model's positions: it will be cut.
+    """
+    bars = datasets.are_progress_bars_disabled()
+    loggers = (datasets.logging, transformers.logging)
+    verbosities = [logger.get_verbosity() for logger in loggers]
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    for logger in loggers:
+        logger.set_verbosity_error()
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        for logger, verbosity in zip(loggers, verbosities, strict=True):
+            logger.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()

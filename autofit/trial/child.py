@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.utils.hooks import RemovableHandle
+
 from autofit.memory.meter import Meter, open_meter
 from autofit.step.batch import MicroBatch, collate, worst_examples
 from autofit.step.model import checkpointable_layers
@@ -30,7 +33,11 @@ def run_trial(request: dict[str, Any], report: PhaseReport) -> dict[str, Any]:
     asked = TrialRequest.from_json(request)
     trial = _Trial(asked, report)
     with trial.meter:
-        return trial.run().to_json()
+        try:
+            return trial.run().to_json()
+        except torch.OutOfMemoryError:
+            trial.report_measured()
+            raise
 
 
 class _Trial:
@@ -40,6 +47,7 @@ class _Trial:
         self.meter: Meter = open_meter(request.device.type, request.cap_bytes)
         self.known: dict[str, int] = {}
         self.phase = "build"
+        self.progress: _LayerProgress | None = None
 
     def run(self) -> TrialResult:
         candidate = self.request.candidate
@@ -76,7 +84,7 @@ class _Trial:
         self.known["static_bytes"] = self.meter.live_bytes()
         self.known["trainable_parameters"] = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
         step.report = self._enter
-        _LayerProgress(step, self)
+        self.progress = _LayerProgress(step, self.meter)
         return step
 
     def _batch(self, step: Step) -> MicroBatch:
@@ -113,33 +121,53 @@ class _Trial:
 
     def _enter(self, phase: str) -> None:
         self.phase = phase
+        if phase == "backward" and self.progress is not None:
+            self.progress.remove()
         self.report(phase, **self.known)
+
+    def report_measured(self) -> None:
+        """Puts on record what was measured until now."""
+        peaks = self.meter.peaks()
+        self.known["peak_allocated_bytes"] = peaks.allocated_bytes
+        self.known["peak_reserved_bytes"] = peaks.reserved_bytes
+        if self.progress is not None and self.progress.projected_bytes is not None:
+            self.known["projected_bytes"] = self.progress.projected_bytes
+        self.report(self.phase, **self.known)
 
 
 class _LayerProgress:
-    """Keeps on record how far a forward pass came, so that an OOM says what the whole step would have needed."""
+    """Notes how far the first forward pass came, so that an OOM says what the whole step would have needed.
 
-    def __init__(self, step: Step, trial: _Trial) -> None:
-        self.trial = trial
+    It takes its hooks off when that pass is over: the step that is timed runs without them.
+    """
+
+    def __init__(self, step: Step, meter: Meter) -> None:
+        self._meter = meter
         layers = checkpointable_layers(step.model)
-        self.num_layers = len(layers)
-        self.done = 0
-        self.start_bytes = 0
-        for layer in layers[:1]:
-            layer.register_forward_pre_hook(self._begin)
-        for layer in layers:
-            layer.register_forward_hook(self._layer_done)
+        self._num_layers = len(layers)
+        self._done = 0
+        self._start_bytes = 0
+        self._live_bytes = 0
+        self._handles: list[RemovableHandle] = [layer.register_forward_hook(self._layer_done) for layer in layers]
+        self._handles += [layer.register_forward_pre_hook(self._begin) for layer in layers[:1]]
+
+    @property
+    def projected_bytes(self) -> int | None:
+        """What would be live at the end of the forward pass, with as much for the head as for a layer."""
+        if not self._done:
+            return None
+        per_layer = (self._live_bytes - self._start_bytes) / self._done
+        return int(self._start_bytes + per_layer * (self._num_layers + 1))
+
+    def remove(self) -> None:
+        """Takes the hooks off the layers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _begin(self, *_: object) -> None:
-        if self.trial.phase == "forward":
-            self.done, self.start_bytes = 0, self.trial.meter.live_bytes()
+        self._start_bytes = self._meter.live_bytes()
 
     def _layer_done(self, *_: object) -> None:
-        if self.trial.phase != "forward":
-            return
-        self.done += 1
-        live = self.trial.meter.live_bytes()
-        per_layer = (live - self.start_bytes) / self.done
-        self.trial.known["projected_bytes"] = int(self.start_bytes + per_layer * (self.num_layers + 1))
-        self.trial.known["peak_allocated_bytes"] = self.trial.meter.peaks().allocated_bytes
-        self.trial.report("forward", **self.trial.known)
+        self._done += 1
+        self._live_bytes = self._meter.live_bytes()

@@ -209,6 +209,7 @@ def main(argv: list[str]) -> None:
     os.set_inheritable(life, True)
     _streams_for_children()
     server.serve()
+    os._exit(0)  # nothing of what was imported needs to be taken down
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class PortableRunner:
 
     def _start(self, job: Job) -> None:
         folder = self._folder = job.folder.resolve()
-        asked = {"folder": str(folder), "sys_path": [p or os.getcwd() for p in sys.path], "pipes": []}
+        asked = {"folder": str(folder), "sys_path": [p or os.getcwd() for p in sys.path], "parent": os.getpid()}
         home = str(Path(__file__).resolve().parents[2])
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(

@@ -25,12 +25,11 @@ def become_subreaper() -> bool:
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """All living descendants of a process (default: this one), zombies left out."""
+    """All descendants of a process (default: this one), zombies included: their other threads may still run."""
     try:
-        found = psutil.Process(pid).children(recursive=True)
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.Error:
         return []
-    return [process for process in found if alive(process)]
 
 
 def alive(process: psutil.Process) -> bool:
@@ -55,7 +54,9 @@ def kill_group(pid: int, number: int) -> None:
 
 
 def end_descendants(spare: set[int], settle_seconds: float = 0.2, limit_seconds: float = 5.0) -> int:
-    """Kills every descendant of this process except the spared pids; returns how many did not end by themselves.
+    """Kills and reaps every descendant of this process except the spared; returns how many had not ended themselves.
+
+    One that is killed but not reaped may still hold the card's memory, so this waits until all are reaped.
 
     Helpers that end with their parent (a resource tracker) get `settle_seconds` to do so. Gives up after
     `limit_seconds`: a process in an uninterruptible call dies when the call returns.
@@ -69,7 +70,7 @@ def end_descendants(spare: set[int], settle_seconds: float = 0.2, limit_seconds:
         if not left or elapsed > limit_seconds:
             return len(killed)
         if elapsed >= settle_seconds:
-            killed.update(process.pid for process in left)
+            killed.update(process.pid for process in left if alive(process))
             kill(left)
         time.sleep(0.01)
 
@@ -108,7 +109,7 @@ def sweep(mark: str, limit_seconds: float = 3.0) -> int:
 def die() -> None:
     """Ends this process and its descendants at once, without any clean-up."""
     end = time.monotonic() + 1.0
-    while (left := descendants()) and time.monotonic() < end:
+    while time.monotonic() < end and (left := [process for process in descendants() if alive(process)]):
         kill(left)
     if hasattr(signal, "SIGKILL"):
         os.kill(os.getpid(), signal.SIGKILL)

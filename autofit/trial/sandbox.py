@@ -114,14 +114,14 @@ class Sandbox:
         try:
             client.wait_ready(poll)
         except (Unfit, ServerDied, TimeoutError) as error:
-            client.close()
+            client.kill()
             if not fork:
                 raise
             self.notes.append(f"a fresh interpreter for each trial, since {error}")
             self.start_method = "spawn"
             return self._start_server(poll)
         except BaseException:
-            client.close()
+            client.kill()  # it would not listen before its imports are done
             raise
         self.start_method = "fork" if fork else "spawn"
         self.notes += client.failures

@@ -14,10 +14,13 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from autofit.trial import files, processes
 from autofit.trial.phases import PhaseReport
@@ -123,26 +126,48 @@ def watch_parents(pipes: list[int]) -> None:
     """
     poll = select.poll()
     for fd in pipes:
-        poll.register(fd, select.POLLIN)
+        poll.register(fd, 0)  # only hang-ups and errors, which are always told
+    known = {fd: os.fstat(fd).st_ino for fd in pipes}
+
+    def closed(fd: int, event: int) -> bool:
+        """False where the entry itself closed the descriptor, or then got it again for something else."""
+        try:
+            return not event & select.POLLNVAL and os.fstat(fd).st_ino == known[fd]
+        except OSError:
+            return False
 
     def watch() -> None:
         while True:
             for fd, event in poll.poll():
-                if event & select.POLLNVAL:  # closed by the entry (a library that daemonises): it guards no more
-                    poll.unregister(fd)
-                else:
+                if closed(fd, event):
                     processes.die()
+                poll.unregister(fd)
 
     threading.Thread(target=watch, name="autofit-watch-parents", daemon=True).start()
 
 
+def watch_process(pid: int) -> None:
+    """As `watch_parents`, where pipes cannot be handed down: looks once a second whether that process still runs."""
+    parent = psutil.Process(pid)
+
+    def watch() -> None:
+        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1.0)
+        processes.die()
+
+    threading.Thread(target=watch, name="autofit-watch-parent", daemon=True).start()
+
+
 def main(argv: list[str]) -> None:
-    """A fresh interpreter's entry point; argv[0] is {"folder", "sys_path", "pipes"} as JSON."""
+    """A fresh interpreter's entry point; argv[0] is {"folder", "sys_path"} and "pipes" or "parent" as JSON."""
     asked = json.loads(argv[0])
     sys.path[:] = asked["sys_path"]
     prepare_process()
-    if asked["pipes"]:
+    if "pipes" in asked:
         watch_parents(asked["pipes"])
+    else:
+        with contextlib.suppress(psutil.Error):
+            watch_process(asked["parent"])
     for name in ("SIGTERM", "SIGINT"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     code = run_job(Path(asked["folder"]))

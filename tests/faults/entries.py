@@ -83,3 +83,12 @@ def eat_memory(request, report):
 def echo(request, report):
     report("forward", live_bytes=7)
     return {"echo": request}
+
+
+def close_descriptors(request, report):
+    """As libraries that daemonise do; then others take the numbers."""
+    os.closerange(3, 256)
+    for _ in range(8):
+        os.close(os.pipe()[1])
+    time.sleep(0.2)
+    return {"lived": True}

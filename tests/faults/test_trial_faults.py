@@ -180,6 +180,31 @@ def test_killed_supervisors_take_everything_along(tmp_path, method, victims):
         assert gone(family), victims
 
 
+def test_controller_killed_without_a_server(tmp_path):
+    with start_controller(tmp_path, "hang", {"pid_file": str(tmp_path / "child.pid")}, "portable") as controller:
+        child = pid_in(tmp_path / "child.pid")
+        controller.kill()
+        assert gone([child])
+
+
+@linux
+def test_descriptors_closed_by_the_entry_are_no_end(sandbox, job):
+    assert sandbox.run(job("close_descriptors")).result == {"lived": True}
+
+
+def test_interrupt_during_the_imports_ends_at_once(tmp_path, monkeypatch):
+    (tmp_path / "imports_for_long.py").write_text("import time; time.sleep(60)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    begun = time.monotonic()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with Sandbox(preload=("imports_for_long",)) as sandbox, pytest.raises(KeyboardInterrupt):
+        sandbox.start(poll=interrupt)
+    assert time.monotonic() - begun < 5
+
+
 @linux
 def test_controller_killed_whose_fork_lives_on(tmp_path):
     """A worker forked by the controller holds its pipes open; the server sees by its parent's id all the same."""

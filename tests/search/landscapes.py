@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autofit.search.facts import needs_at_least
 from autofit.search.outcome import SearchSpace, Trial, TrialEvent
@@ -198,6 +198,9 @@ def wild(rng: random.Random, *, monotone_bits: bool) -> tuple[SearchSpace, Lands
         layers=rng.choice((1, 2, 4, 30, 32)),
         rows=rng.choice((1, 4, 10, 16)),
     )
+    if rng.random() < 0.2:
+        wished = rng.randint(1, space.limits.checkpointable_layers)
+        space = replace(space, wish=space.wish.replace(checkpointed_layers=wished))
     tokens = space.wish.token_budget
     landscape = Landscape(
         usable=usable,

@@ -243,6 +243,27 @@ def test_two_first_crashes_alike_end_the_search(messages: tuple[str, str], trial
     assert outcome.nearest_miss is None
 
 
+@pytest.mark.parametrize("length", [2048, 2**17])
+def test_the_last_trial_is_kept_for_the_last_rung(length: int) -> None:
+    space = default_space(length=length, rank=64)
+    last = chain_of(space)[-1]
+
+    class OnlyTheLast:
+        usable = 10**9
+        runs: list[Candidate] = []  # noqa: RUF012
+
+        def run(self, c: Candidate) -> TrialResult:
+            self.runs.append(c)
+            if c == last:
+                return TrialResult(status=TrialStatus.FIT, phase="done", device_bytes=10**8)
+            return TrialResult(status=TrialStatus.CRASHED, phase="forward", message=f"at {len(self.runs)}")
+
+    OnlyTheLast.runs = []
+    outcome = measure(space, budget_of(10**9), OnlyTheLast(), MemoryStore(), ignore)
+    assert outcome.winner is not None
+    assert outcome.winner.candidate == last
+
+
 def roomy(**changes: object) -> Landscape:
     values = {
         "usable": 24 * 10**9,

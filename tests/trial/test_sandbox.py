@@ -139,7 +139,7 @@ def test_request_that_is_not_json(forking, job):
 def test_poll_is_called(forking, job):
     calls: list[float] = []
     forking.run(job("raise_error", code="import time; time.sleep(1.1)"), poll=lambda: calls.append(1))
-    assert 3 <= len(calls) <= 8
+    assert len(calls) >= 3
 
 
 def test_sandbox_within_a_child(forking, job):
@@ -150,6 +150,7 @@ def test_no_descriptor_piles_up(forking, job):
     def count():
         return len(os.listdir("/proc/self/fd")), forking.run(job("show_process")).result["descriptors"]
 
+    forking.start()
     first = count()
     for _ in range(5):
         forking.run(job("echo"))

@@ -1,0 +1,51 @@
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autofit.space.candidate import Candidate, is_checkpointed
+
+
+def test_two_spellings_of_the_same_bytes_are_one_candidate():
+    plain = Candidate(micro_batch_size=4, max_seq_length=128)
+    assert Candidate(micro_batch_size=4, max_seq_length=128, tokens_per_micro_batch=512) == plain
+    assert Candidate(micro_batch_size=4, max_seq_length=128, double_quant=False) == plain  # 16 bits have no statistics
+    assert plain.replace(offload_activations="checkpoints") == plain  # nothing is checkpointed
+    assert plain.replace(micro_batch_size=2).token_budget == 256
+    tight = plain.replace(tokens_per_micro_batch=200)
+    assert tight.replace(micro_batch_size=2).token_budget == 200  # no more than before
+    assert tight.replace(micro_batch_size=1).token_budget == 128
+
+
+def test_what_decides_memory_tells_candidates_apart():
+    four = Candidate(micro_batch_size=4, max_seq_length=128, quantization_bits=4)
+    assert four != Candidate(micro_batch_size=4, max_seq_length=128, quantization_bits=4, double_quant=False)
+    assert four != four.replace(accumulates=True)
+    assert four != four.replace(tokens_per_micro_batch=100)
+
+
+def test_json_and_back():
+    candidate = Candidate(micro_batch_size=3, max_seq_length=99, lora_targets=("q_proj",), tokens_per_micro_batch=200)
+    flat = json.loads(json.dumps({**candidate.to_json(), "status": "FIT"}))
+    assert Candidate.from_json(flat) == candidate
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lora_rank": 0}, {"quantization_bits": 5}, {"checkpointed_layers": -1}, {"loss": "x"}]
+)
+def test_impossible_values_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Candidate(micro_batch_size=1, max_seq_length=8, **wrong)
+
+
+@given(st.integers(1, 100), st.data())
+def test_n_layers_are_checkpointed_evenly_spread(layers, data):
+    n = data.draw(st.integers(0, layers))
+    chosen = [i for i in range(layers) if is_checkpointed(i, n, layers)]
+    assert len(chosen) == n
+    gaps = {b - a for a, b in itertools.pairwise(chosen)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    if n and layers % n == 0:
+        assert chosen == list(range(0, layers, layers // n))  # transformers' every_n_layers

@@ -1,0 +1,70 @@
+import pytest
+
+from autofit.errors import UsageError
+from autofit.space.budget import MemoryBudget
+from autofit.space.facts import DataFacts, ModelFacts
+from autofit.space.wish import check_pins, make_wish
+
+EIGHT_B = ModelFacts(
+    architecture="LlamaForCausalLM",
+    num_parameters=8 * 10**9,
+    weight_bytes_16bit=16 * 10**9,
+    checkpointable_layers=32,
+    max_positions=8192,
+)
+DATA = DataFacts(num_examples=3, longest=9000, lengths=(9000, 10, 50), trained_tokens=(8000, 5, 20))
+
+
+def wish(model=EIGHT_B, gigabytes=24, **asked):
+    return make_wish(model, DATA, MemoryBudget(total_bytes=gigabytes * 10**9), "bfloat16", 16, asked)
+
+
+def test_the_defaults_are_those_of_the_readme():
+    candidate = wish()
+    assert candidate.micro_batch_size == 16
+    assert not candidate.accumulates
+    assert candidate.max_seq_length == 8192  # the data's longest, up to the model's positions
+    assert candidate.quantization_bits == 4
+    assert candidate.double_quant
+    assert (candidate.lora_rank, candidate.lora_targets) == (16, ("all-linear",))
+    assert (candidate.optimizer, candidate.loss, candidate.checkpointed_layers) == ("adamw_torch", "chunked", 0)
+
+
+def test_sixteen_bits_where_the_weights_take_at_most_half():
+    assert wish(gigabytes=32).quantization_bits == 16
+    assert wish(gigabytes=31).quantization_bits == 4
+
+
+def test_a_quantized_checkpoint_pins_its_bits():
+    quantized = ModelFacts.from_json({**EIGHT_B.to_json(), "quantized_bits": 8})
+    assert wish(model=quantized).quantization_bits == 8
+    with pytest.raises(UsageError, match="already quantized to 8 bits"):
+        wish(model=quantized, quantization_bits=4)
+
+
+def test_what_the_user_set_is_the_wish():
+    candidate = wish(micro_batch_size=2, lora_rank=64, max_seq_length=1024, checkpointed_layers=8)
+    assert (candidate.micro_batch_size, candidate.lora_rank, candidate.max_seq_length) == (2, 64, 1024)
+    assert candidate.accumulates
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [({"max_seq_length": 9000}, "8192 positions"), ({"checkpointed_layers": 33}, "32 layers")],
+)
+def test_beyond_the_model_is_refused(asked, says):
+    with pytest.raises(UsageError, match=says):
+        wish(**asked)
+
+
+def test_pinned_bits_that_cannot_fit_are_refused_before_anything_runs():
+    budget = MemoryBudget(total_bytes=10 * 10**9)
+    with pytest.raises(UsageError, match="8 or 4 bits would fit"):
+        check_pins(wish(quantization_bits=16), frozenset({"quantization_bits"}), EIGHT_B, budget)
+    check_pins(wish(quantization_bits=16), frozenset(), EIGHT_B, budget)  # not pinned: the ladder steps down
+
+
+def test_the_cost_of_a_shorter_sequence_is_counted():
+    examples, share = DATA.truncation_cost(40)
+    assert examples == 2
+    assert share == pytest.approx((8000 + 10) / 8025)

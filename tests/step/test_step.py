@@ -1,0 +1,138 @@
+"""The one step: losses, cuts and the sums they must add up to."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autofit.space.candidate import Candidate
+from autofit.space.facts import DeviceFacts
+from autofit.step.batch import IGNORED, collate, micro_batches, trained_tokens, worst_examples
+from autofit.step.policy import StepPolicy, default_dtype, resolve_policy
+from autofit.step.step import build_step
+from tests.conftest import CPU
+
+CANDIDATE = Candidate(micro_batch_size=4, max_seq_length=64, dtype="float32")
+
+
+def example(length, prompt, seed):
+    ids = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
+
+
+EXAMPLES = [example(n, p, n) for n, p in ((40, 10), (7, 0), (64, 60), (12, 3), (33, 1), (5, 4))]
+
+
+@pytest.fixture(scope="module")
+def step(tiny_source):
+    return build_step(CANDIDATE, tiny_source, resolve_policy(CANDIDATE, CPU), lora_alpha=32, seed=0)
+
+
+def gradients(step, batches, normalizer):
+    """(loss, all adapter gradients) of one global batch. B is made non-zero, or A would have none."""
+    for name, parameter in step.model.named_parameters():
+        parameter.grad = None
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    loss = step.accumulate(batches, normalizer)
+    return loss, torch.cat([p.grad.flatten() for p in step.model.parameters() if p.requires_grad])
+
+
+def test_rows_are_right_padded_and_positions_point_at_what_predicts():
+    batch = collate([{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}], 9)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [4, 5, 9]]
+    assert batch.positions.tolist() == [0, 1, 3]
+    assert batch.targets.tolist() == [2, 3, 5]
+    assert batch.padded_tokens == 6
+
+
+def test_the_loss_is_transformers_own(step):
+    batch = collate(EXAMPLES, 0)
+    longest = batch.input_ids.shape[1]
+    labels = torch.tensor([e["labels"] + [IGNORED] * (longest - len(e["labels"])) for e in EXAMPLES])
+    mask = torch.tensor([[1] * len(e["labels"]) + [0] * (longest - len(e["labels"])) for e in EXAMPLES])
+    with torch.no_grad():
+        theirs = step.model(input_ids=batch.input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    ours = step.evaluate(batch) / trained_tokens(EXAMPLES)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_and_full_loss_agree_in_value_and_gradient(tiny_source, step):
+    full = CANDIDATE.replace(loss="full")
+    other = build_step(full, tiny_source, resolve_policy(full, CPU), lora_alpha=32, seed=0)
+    count = trained_tokens(EXAMPLES)
+    loss, grads = gradients(step, [collate(EXAMPLES, 0)], count)
+    full_loss, full_grads = gradients(other, [collate(EXAMPLES, 0)], count)
+    torch.testing.assert_close(loss, full_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, full_grads, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=12, deadline=None)
+@given(budget=st.integers(1, 400))
+def test_no_cut_changes_the_gradient(step, budget):
+    count = trained_tokens(EXAMPLES)
+    whole_loss, whole = gradients(step, [collate(EXAMPLES, 0)], count)
+    loss, grads = gradients(step, micro_batches(EXAMPLES, budget, 0), count)
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-5, atol=1e-6)
+    assert (grads - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_padding_decides_nothing(step):
+    count = trained_tokens(EXAMPLES)
+    loss, grads = gradients(step, [collate(EXAMPLES, 0)], count)
+    other_loss, other = gradients(step, [collate(EXAMPLES, 77)], count)
+    assert torch.equal(loss, other_loss)
+    assert torch.equal(grads, other)
+
+
+def test_a_micro_batch_without_trained_tokens_adds_nothing(step):
+    silent = {"input_ids": [1, 2, 3], "labels": [IGNORED] * 3}
+    loss, grads = gradients(step, [collate([silent], 0)], 5)
+    assert loss == 0
+    assert not grads.any()
+
+
+def test_the_costliest_micro_batch_fills_the_budget():
+    rows = worst_examples(token_budget=100, max_seq_length=30, vocabulary=50)
+    assert [len(r["input_ids"]) for r in rows] == [30, 30, 30]
+    assert trained_tokens(rows) == 3 * 29
+    assert len(worst_examples(token_budget=20, max_seq_length=30, vocabulary=50)) == 1  # runs alone
+    assert max(max(r["input_ids"]) for r in rows) < 50
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "scaled"),
+    [((8, 0), "bfloat16", False), ((9, 0), "bfloat16", False), ((7, 5), "float16", True)],
+)
+def test_the_policy_follows_the_target_device(capability, dtype, scaled):
+    card = DeviceFacts(type="cuda", name="card", total_bytes=2**34, compute_capability=capability)
+    candidate = Candidate(micro_batch_size=1, max_seq_length=8, dtype=default_dtype(card))
+    policy = resolve_policy(candidate, card)
+    assert (policy.weight_dtype, policy.autocast_dtype, policy.loss_scaling) == (dtype, dtype, scaled)
+    assert policy.fused_optimizer
+    on_cpu = resolve_policy(candidate.replace(dtype="float32"), CPU)
+    assert (on_cpu.autocast_dtype, on_cpu.loss_scaling, on_cpu.fused_optimizer) == (None, False, False)
+
+
+def test_a_step_whose_scaled_gradients_overflow_changes_nothing(tiny_source):
+    policy = resolve_policy(CANDIDATE, CPU)
+    scaled = StepPolicy(**{**policy.__dict__, "loss_scaling": True})
+    step = build_step(CANDIDATE, tiny_source, scaled, lora_alpha=32, seed=0)
+    optimizer = torch.optim.AdamW([p for p in step.model.parameters() if p.requires_grad], lr=0.1)
+    parameter = next(p for n, p in step.model.named_parameters() if "lora_B" in n)
+    count = trained_tokens(EXAMPLES)
+
+    step.accumulate([collate(EXAMPLES, 0)], count)
+    scaled_gradient = parameter.grad.clone()
+    step.unscale(optimizer)
+    torch.testing.assert_close(parameter.grad * 65536, scaled_gradient)
+    optimizer.step()
+    before = parameter.detach().clone()
+    assert before.any()
+
+    step.accumulate([collate(EXAMPLES, 0)], count)
+    parameter.grad[0, 0] = float("inf")
+    step.unscale(optimizer)
+    optimizer.step()
+    assert torch.equal(parameter, before)
+    assert step.scaler.get_scale() == 65536 / 2
