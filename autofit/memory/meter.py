@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -50,6 +51,9 @@ class CpuMeter(contextlib.AbstractContextManager["CpuMeter"]):
     def peaks(self) -> Peaks:
         peak = self._ledger.peak_bytes
         return Peaks(allocated_bytes=peak, reserved_bytes=peak, device_bytes=peak)
+
+    def settle(self) -> None:
+        """A CPU's memory is given back as it is freed."""
 
     def measure_context(self) -> None:
         """There is none on a CPU."""
@@ -106,6 +110,11 @@ class CudaMeter(contextlib.AbstractContextManager["CudaMeter"]):
             reserved_bytes=reserved,
             device_bytes=reserved + self.context_bytes,
         )
+
+    def settle(self) -> None:
+        """Gives back what building the model left in the allocator: weights before they were quantized."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def measure_context(self) -> None:
         """What the driver sees beyond the allocator now: the context and the kernels loaded so far."""

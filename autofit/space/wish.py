@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -34,7 +35,8 @@ def make_wish(
     values.setdefault("dtype", dtype)
     values.setdefault("max_seq_length", min(data.longest, positions))
     values["micro_batch_size"] = min(values.get("micro_batch_size", global_batch_size), global_batch_size)
-    values["accumulates"] = values["micro_batch_size"] < global_batch_size
+    tokens = values.get("tokens_per_micro_batch", math.inf)
+    values["accumulates"] = min(values["micro_batch_size"], tokens / values["max_seq_length"]) < global_batch_size
     if model.quantized_bits is not None:
         if values.setdefault("quantization_bits", model.quantized_bits) != model.quantized_bits:
             raise UsageError(

@@ -52,7 +52,8 @@ def hub_error(kind: str, name: str, error: BaseException) -> AccessError | None:
             f"and log in with `hf auth login`{hint}"
         )
     if any(isinstance(cause, _UNREACHED) or _is_transport_error(cause) for cause in causes):
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        asked = constants.HF_HUB_OFFLINE or any(isinstance(cause, OfflineModeIsEnabled) for cause in causes)
+        why = "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set" if asked else "the hub cannot be reached"
         return AccessError(
             f"{kind} {name} is neither a path nor in the hub's cache here, and we are offline ({why}){hint}"
         )

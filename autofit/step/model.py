@@ -165,11 +165,8 @@ def _quantize(module: nn.Module, placeholder: nn.Parameter | None, device: torch
     quantized: Any = type(placeholder)(weight.data, requires_grad=False, **settings)
     module._parameters["weight"] = None  # frees the unquantized weight before the next is made
     del weight
-    if kind == "Params4bit":
-        quantized._quantize(device)
-    else:
-        quantized = quantized.to(device)
-    module._parameters["weight"] = quantized
+    # Not `.to(device)`: that quantizes only what comes from the host.
+    module._parameters["weight"] = quantized._quantize(device)
 
 
 def set_checkpointing(base: PreTrainedModel, candidate: Candidate) -> None:

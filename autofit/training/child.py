@@ -45,6 +45,7 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
     policy = resolve_policy(asked.candidate, asked.device)
     step = build_step(asked.candidate, asked.source, policy, asked.lora_alpha, asked.schedule.seed)
     meter.hold([*step.model.parameters(), *step.model.buffers()])
+    meter.settle()
     tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer_dir)
     data = {name: truncate(split, asked.candidate.max_seq_length) for name, split in _splits(asked.data_dir).items()}
     schedule = asked.schedule

@@ -28,6 +28,7 @@ from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
 from autofit.training.request import Schedule, TrainingRequest
 from autofit.training.resources import check_resources
 from autofit.training.workspace import Staging, Workspace, choose_folder, environment
+from autofit.trial.allocator import allocator_env
 from autofit.trial.classify import classify
 from autofit.trial.job import Job, Outcome
 from autofit.trial.result import TrialStatus
@@ -112,6 +113,8 @@ class _Run:
             self._question(prepared)  # what the request itself rules out, before anything is written
             staging.publish()
         self._write_request()
+        for note in self.sandbox.notes:
+            self.narrator.warn(note)
         for note in prepared.notes:
             self.narrator.say(note)
         return prepared
@@ -325,7 +328,13 @@ class _Run:
             AutofitError: the child's own one-line error, or how it ended.
         """
         name = "train" if poll else "prepare"
-        job = Job(entry=entry, request=request, folder=self._job_folder(where, name), deadline_seconds=None)
+        job = Job(
+            entry=entry,
+            request=request,
+            folder=self._job_folder(where, name),
+            deadline_seconds=None,
+            env=allocator_env(),
+        )
         outcome = self.sandbox.run(job, poll)
         if outcome.result is None:
             raise _as_error(name, outcome)

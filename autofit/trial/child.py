@@ -81,6 +81,7 @@ class _Trial:
         policy = resolve_policy(request.candidate, request.device)
         step = build_step(request.candidate, request.source, policy, request.lora_alpha, request.seed)
         self.meter.hold([*step.model.parameters(), *step.model.buffers()])
+        self.meter.settle()
         self.known["static_bytes"] = self.meter.live_bytes()
         self.known["trainable_parameters"] = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
         step.report = self._enter
@@ -97,19 +98,22 @@ class _Trial:
         optimizer = build_optimizer(step.model, self.request.candidate, step.policy, learning_rate=1e-5)
         normalizer = max(1, batch.targets.numel())
         self.meter.reset_peak()
-        seconds, tokens = 0.0, 0
+        seconds = 0.0
         for count in (1, 2 if self.request.candidate.accumulates else 1):
+            # Timed on the second step: the first one warms allocator and kernels up.
             self.meter.synchronize()
             start = time.perf_counter()
-            step.accumulate([batch] * count, normalizer * count)
+            step.micro_batch(batch, normalizer * count)
+            self.meter.synchronize()
+            seconds = time.perf_counter() - start
+            for _ in range(1, count):
+                step.micro_batch(batch, normalizer * count)
             self.meter.measure_context()
             step.unscale(optimizer)
             self._enter("optimizer")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            self.meter.synchronize()
-            seconds, tokens = time.perf_counter() - start, batch.padded_tokens * count
-        return tokens / seconds
+        return batch.padded_tokens / seconds
 
     def _measured(self, phase: str, what: Callable[[], object]) -> int:
         """Runs a phase; returns its peak as the driver sees it, in bytes."""

@@ -30,7 +30,7 @@ class TrialResult:
         device_bytes: the largest of all phases as the driver sees it, context included: held against the budget.
         requested_bytes: what the allocation that failed asked for.
         projected_bytes: after an OOM, what the whole step would have needed, going by how far it came.
-        tokens_per_second: of the last training step.
+        tokens_per_second: padded tokens, of a micro-batch (forward and backward) once warm.
         seconds: wall time of the whole trial, overhead included.
         message: for people: the error, or the end of stderr.
     """
