@@ -16,7 +16,7 @@ from autofit.space.candidate import KNOBS, LOSSY
 from autofit.space.ladder import DEFAULT_ORDER, check_knob, parse_order
 
 # What 2 cores train visibly in well under a minute; used where neither model nor data is given.
-EMBEDDED_PRESET: dict[str, Any] = {"max_steps": 30, "learning_rate": 1e-2, "warmup_steps": 2}
+EMBEDDED_PRESET: dict[str, Any] = {"max_steps": 20, "learning_rate": 1e-2, "warmup_steps": 2}
 
 
 class RunConfig(BaseModel):

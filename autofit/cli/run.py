@@ -33,7 +33,8 @@ def run(
     from autofit.config import load_run_config
     from autofit.report.files import write_reports
     from autofit.report.terminal import Terminal
-    from autofit.training.supervisor import execute
+    from autofit.training.supervisor import PRELOAD, execute
+    from autofit.trial.sandbox import Sandbox
 
     flags = {
         "gpu_mem": gpu_mem,
@@ -50,8 +51,8 @@ def run(
         "random_weights": random_weights,
     }
     resolved = load_run_config(config, flags)
-    with Terminal(quiet_stdout=json_output) as terminal:
-        summary = execute(resolved, terminal)
+    with Terminal(quiet_stdout=json_output) as terminal, Sandbox(preload=PRELOAD) as sandbox:
+        summary = execute(resolved, terminal, sandbox)
         write_reports(summary)
         terminal.finished(summary)
     if json_output:

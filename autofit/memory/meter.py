@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 
 from autofit.memory.device import nvml_device
+from autofit.memory.host_allocator import keep_freed_memory
 from autofit.memory.ledger import Ledger
 
 
@@ -30,6 +31,7 @@ class CpuMeter(contextlib.AbstractContextManager["CpuMeter"]):
         self._ledger = Ledger(limit_bytes=cap_bytes)
 
     def __enter__(self) -> CpuMeter:
+        keep_freed_memory()
         self._ledger.__enter__()
         return self
 

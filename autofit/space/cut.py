@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# A micro-batch costs about as much besides its tokens as this many tokens would: kernel launches, and the weights
+# read (and dequantized) once more. Measured on an H100 with an 8B model in 4 bits: some 1,000 to 2,000.
+OVERHEAD_TOKENS = 1024
+
 
 def cut(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Indices of the sequences in each micro-batch: longest first, rows × longest ≤ `token_budget`.
 
-    A sequence longer than the budget runs alone. Every index appears once; the order within a length is kept.
+    Of all such cuts the cheapest one, counting padded tokens and `OVERHEAD_TOKENS` for each micro-batch. A sequence
+    longer than the budget runs alone. Every index appears once; the order within a length is kept.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = len(order)
+    # cheapest[i]: cost of the sequences from place i on; ends[i]: where the micro-batch that begins there ends.
+    cheapest, ends = [0] * (count + 1), [0] * count
+    for begin in reversed(range(count)):
+        longest = max(1, lengths[order[begin]])
+        most = min(count, begin + max(1, token_budget // longest))
+        cheapest[begin], ends[begin] = min(
+            ((end - begin) * longest + OVERHEAD_TOKENS + cheapest[end], end) for end in range(begin + 1, most + 1)
+        )
     groups: list[list[int]] = []
-    start = 0
-    while start < len(order):
-        rows = max(1, token_budget // max(1, lengths[order[start]]))
-        groups.append(order[start : start + rows])
-        start += rows
+    begin = 0
+    while begin < count:
+        groups.append(order[begin : ends[begin]])
+        begin = ends[begin]
     return groups
 
 

@@ -30,7 +30,7 @@ class Limits:
     """What bounds the ladder besides the wish.
 
     Attributes:
-        global_batch_size: sequences an optimizer step; decides whether a micro-batch accumulates.
+        global_batch_size: sequences an optimizer step.
         checkpointable_layers: 0 where the model cannot checkpoint.
         can_page: whether there is host memory to page optimizer states and activations to.
         can_quantize: whether the base may be quantized further than the wish.
@@ -112,10 +112,8 @@ def _shorter(length: int) -> Iterator[int]:
 
 
 def with_knob(candidate: Candidate, knob: str, value: int | str, limits: Limits) -> Candidate:
-    """The candidate with one knob moved, and what follows from it (accumulation) kept true."""
+    """The candidate with one knob moved."""
     changes: dict[str, int | str | bool] = {knob: value}
-    if knob == "micro_batch_size":
-        changes["accumulates"] = int(value) < limits.global_batch_size
     if knob == "quantization_bits" and value == 4:
         changes["double_quant"] = limits.double_quant
     return candidate.replace(**changes)

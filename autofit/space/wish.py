@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -35,8 +34,8 @@ def make_wish(
     values.setdefault("dtype", dtype)
     values.setdefault("max_seq_length", min(data.longest, positions))
     values["micro_batch_size"] = min(values.get("micro_batch_size", global_batch_size), global_batch_size)
-    tokens = values.get("tokens_per_micro_batch", math.inf)
-    values["accumulates"] = min(values["micro_batch_size"], tokens / values["max_seq_length"]) < global_batch_size
+    # Even where one micro-batch would hold them all, unequal sequences are cheaper cut (`space.cut`).
+    values["accumulates"] = global_batch_size > 1
     if model.quantized_bits is not None:
         if values.setdefault("quantization_bits", model.quantized_bits) != model.quantized_bits:
             raise UsageError(

@@ -137,9 +137,10 @@ def _message(message: object, column: str, where: str) -> Message:
         raise DataError(f"{where}: a message of {column!r} must have role and content (or from and value)")
     spoken = message.get("role") or message.get("from")
     role = _ROLES.get(spoken) if isinstance(spoken, str) else None
-    if role is None or message.get("tool_calls"):
-        what = "tool calls are not supported" if role else f"role {spoken!r} is not known"
-        raise DataError(f"{where}: {column!r}: {what}; valid roles: {', '.join(_ROLES)}")
+    if role is None:
+        raise DataError(f"{where}: {column!r}: role {spoken!r} is not known; valid: {', '.join(_ROLES)}")
+    if message.get("tool_calls"):
+        raise DataError(f"{where}: {column!r}: tool calls are not supported, only text is")
     content = message["content"] if message.get("content") is not None else message.get("value")
     return {"role": role, "content": _content(content, column, where)}
 

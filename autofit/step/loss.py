@@ -31,8 +31,9 @@ def chunked_loss(model: PeftModel, batch: MicroBatch) -> torch.Tensor:
     picked = hidden.flatten(0, 1).index_select(0, batch.positions)
     head = base.get_output_embeddings()
     scale, softcap = _logit_transform(base.config.get_text_config())
+    chunk = min(VOCABULARY_CHUNK, head.weight.shape[0])  # the kernel's tiles have this width whatever there is to fill
     log_probs = ChunkedLogProbFunction.apply(
-        picked, head.weight, getattr(head, "bias", None), batch.targets, 1.0, VOCABULARY_CHUNK, softcap, scale, ()
+        picked, head.weight, getattr(head, "bias", None), batch.targets, 1.0, chunk, softcap, scale, ()
     )[0]
     return -log_probs.sum()
 

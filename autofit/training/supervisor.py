@@ -72,19 +72,18 @@ class RunSummary:
         return {"folder": str(self.folder), "plan": self.report.to_json(), "training": self.training}
 
 
-def execute(config: RunConfig, narrator: Narrator) -> RunSummary:
-    """Runs a config to its end.
+def execute(config: RunConfig, narrator: Narrator, sandbox: Sandbox) -> RunSummary:
+    """Runs a config to its end, its children in the sandbox (which should have `PRELOAD`).
 
     Raises:
         AutofitError: with the exit code and the one line that says what is wrong.
         KeyboardInterrupt: interrupted; the same output folder goes on from there.
     """
     workspace = Workspace(choose_folder(config.output_dir))
-    with Sandbox(preload=PRELOAD) as sandbox:
-        run = _Run(config, narrator, workspace, sandbox)
-        prepared = run.prepare()
-        report = run.fit(prepared)
-        training = run.train(prepared, report)
+    run = _Run(config, narrator, workspace, sandbox)
+    prepared = run.prepare()
+    report = run.fit(prepared)
+    training = run.train(prepared, report)
     return RunSummary(folder=workspace.folder, report=report, source=prepared.source, training=training)
 
 

@@ -100,7 +100,6 @@ def test_keeps_to_the_order_the_pins_and_the_minima(seed: int) -> None:
                 assert knob not in LOSSY or knob in space.limits.allow
         assert heavier_or_equal(wish, c.replace(quantization_bits=wish.quantization_bits))
         assert c.max_seq_length >= min(wish.max_seq_length, space.limits.minima.get("max_seq_length", 1))
-        assert c.accumulates == (c.micro_batch_size < space.limits.global_batch_size)
 
 
 @given(seeds)

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autofit.space.cut import cut, padded_tokens
+from autofit.space.cut import OVERHEAD_TOKENS, cut, padded_tokens
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -20,3 +20,33 @@ def test_every_sequence_once_and_never_over_the_budget_unless_alone(lengths, bud
 def test_neighbours_are_alike_in_length(lengths, budget):
     in_order = [lengths[i] for group in cut(lengths, budget) for i in group]
     assert in_order == sorted(lengths, reverse=True)
+
+
+def cost(groups, lengths):
+    return sum(len(g) * max(lengths[i] for i in g) + OVERHEAD_TOKENS for g in groups)
+
+
+def contiguous_cuts(order):
+    """Every way to cut a sequence of indices into runs."""
+    if not order:
+        yield []
+    for end in range(1, len(order) + 1):
+        for rest in contiguous_cuts(order[end:]):
+            yield [order[:end], *rest]
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=9), st.integers(1, 9000))
+def test_no_allowed_cut_of_neighbours_is_cheaper(lengths, budget):
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    allowed = [
+        groups
+        for groups in contiguous_cuts(order)
+        if all(len(g) == 1 or len(g) * lengths[g[0]] <= budget for g in groups)
+    ]
+    assert cost(cut(lengths, budget), lengths) == min(cost(groups, lengths) for groups in allowed)
+
+
+def test_unequal_lengths_are_not_padded_to_the_longest():
+    lengths = [2000] + [100] * 15
+    assert padded_tokens(lengths, 16 * 2000) == 2000 + 15 * 100
+    assert len(cut([100] * 16, 16 * 100)) == 1

@@ -37,11 +37,6 @@ def test_without_a_place_to_page_to_nothing_is_paged_or_offloaded():
         assert candidate.offload_activations == "none"
 
 
-def test_accumulation_follows_the_micro_batch():
-    for candidate in ladder(WISH, LIMITS):
-        assert candidate.accumulates == (candidate.micro_batch_size < 16)
-
-
 def test_any_other_order():
     order = parse_order("batch,seq,checkpointing,bits,rank")
     knobs = [next(iter(m)) for m in moves(ladder(WISH, LIMITS, order))]

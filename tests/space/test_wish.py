@@ -22,7 +22,7 @@ def wish(model=EIGHT_B, gigabytes=24, **asked):
 def test_the_defaults_are_those_of_the_readme():
     candidate = wish()
     assert candidate.micro_batch_size == 16
-    assert not candidate.accumulates
+    assert candidate.accumulates
     assert candidate.max_seq_length == 8192  # the data's longest, up to the model's positions
     assert candidate.quantization_bits == 4
     assert candidate.double_quant
@@ -45,7 +45,6 @@ def test_a_quantized_checkpoint_pins_its_bits():
 def test_what_the_user_set_is_the_wish():
     candidate = wish(micro_batch_size=2, lora_rank=64, max_seq_length=1024, checkpointed_layers=8)
     assert (candidate.micro_batch_size, candidate.lora_rank, candidate.max_seq_length) == (2, 64, 1024)
-    assert candidate.accumulates
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ class TestColumns:
             ([{"messages": "hello"}], "column 'messages' is text, not a list"),
             ([{"messages": 4}], "holds a int, not a list of messages"),
             ([{"messages": ["hello"]}], "must have role and content"),
-            ([{"messages": [{"role": "robot", "content": "x"}]}], "role 'robot' is not known; valid roles: system,"),
+            ([{"messages": [{"role": "robot", "content": "x"}]}], "role 'robot' is not known; valid: system,"),
             ([{"messages": [{"role": "assistant", "tool_calls": [{}]}]}], "tool calls are not supported"),
             ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "only text parts are supported"),
             ([{"prompt": "p", "completion": DIALOGUE}], "column 'completion' holds a list, not text"),

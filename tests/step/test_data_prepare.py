@@ -78,15 +78,16 @@ class TestPrepare:
         with pytest.raises(DataError, match=r"rejects a conversation: no system role$"):
             prepare(raw([{"messages": [{"role": "system", "content": "x"}]}]), tokenizer)
 
-    def test_the_embedded_set_the_same_each_time_and_nothing_cached(self, tmp_path, monkeypatch):
+    def test_the_embedded_set_with_nothing_dropped_or_cached(self, tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-        one, two = (prepare(load_data(None), byte_tokenizer()) for _ in range(2))
-        assert one.facts == two.facts
-        assert one.dataset.cache_files == []
+        prepared = prepare(load_data(None), byte_tokenizer())
+        assert prepared.dataset.cache_files == []
         assert list(tmp_path.iterdir()) == []
-        assert one.facts.longest <= 1600
-        assert one.facts.num_examples >= 1500
-        assert brute_trained(one.dataset) == list(one.facts.trained_tokens)
+        assert prepared.facts.longest <= 1600
+        assert prepared.facts.num_examples >= 1500
+        assert prepared.facts.dropped_examples == 0
+        assert prepared.notes == ()
+        assert brute_trained(prepared.dataset) == list(prepared.facts.trained_tokens)
 
     def test_facts_survive_json(self):
         facts = prepare(raw([{"text": "abc"}, {"text": "é"}]), byte_tokenizer()).facts

@@ -1,0 +1,170 @@
+"""The full training loop runs the one step, on the model as it was built, and its result does not depend on the cut."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from autofit.space.candidate import Candidate
+from autofit.step.batch import collate, trained_tokens
+from autofit.step.model import build_model
+from autofit.step.optimizer import build_optimizer
+from autofit.step.policy import resolve_policy
+from autofit.step.step import build_step
+from autofit.training.arguments import training_arguments
+from autofit.training.child import RunRecord
+from autofit.training.request import Schedule
+from autofit.training.trainer import NonFiniteLoss, StepTrainer
+from autofit.trial.phases import PhaseReport
+from tests.conftest import CPU
+
+CANDIDATE = Candidate(micro_batch_size=8, max_seq_length=64, dtype="float32", checkpointed_layers=2)
+
+
+def schedule(**changes):
+    values = {
+        "global_batch_size": 8,
+        "num_train_epochs": 1,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "save_steps": 100,
+        "seed": 3,
+        "evaluate": False,
+    }
+    return Schedule(**{**values, **changes})
+
+
+def dataset(count=40):
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(4, 64, (count,), generator=draw).tolist()
+    ids = [torch.randint(0, 256, (n,), generator=draw).tolist() for n in lengths]
+    return Dataset.from_dict({"input_ids": ids, "labels": [[-100] * (len(i) // 3) + i[len(i) // 3 :] for i in ids]})
+
+
+def trainer(source, folder, candidate=CANDIDATE, **changes):
+    folder.mkdir(exist_ok=True)
+    policy = resolve_policy(candidate, CPU)
+    step = build_step(candidate, source, policy, lora_alpha=32, seed=3)
+    plan = schedule(**changes)
+    record = RunRecord(folder, PhaseReport())
+    made = StepTrainer(
+        step,
+        candidate,
+        0,
+        training_arguments(plan, folder, "cpu"),
+        train_dataset=dataset(),
+        eval_dataset=dataset(8) if plan.evaluate else None,
+        optimizers=(build_optimizer(step.model, candidate, policy, plan.learning_rate), None),
+        callbacks=[record],
+    )
+    return made, record
+
+
+def adapters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def describe(model):
+    """What a Trainer likes to change: types, flags and forwards of every module."""
+    modules = {
+        name: (type(m).__name__, getattr(m, "gradient_checkpointing", None), m.training, m.__dict__.get("forward"))
+        for name, m in model.named_modules()
+    }
+    parameters = {name: (p.dtype, p.requires_grad, p.device.type) for name, p in model.named_parameters()}
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    return modules, parameters, hooks
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_at_the_first_forward_inside_train_the_model_is_as_it_was_built(tiny_source, tmp_path, monkeypatch, bits):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what an accelerate config would set
+    candidate = CANDIDATE.replace(quantization_bits=bits)
+    built = describe(build_model(candidate, tiny_source, resolve_policy(candidate, CPU), lora_alpha=32, seed=3))
+    made, _ = trainer(tiny_source, tmp_path, candidate, max_steps=1)
+    seen = []
+    forward = made.step.micro_batch
+
+    def spy(batch, normalizer):
+        seen.append((describe(made.model), torch.is_autocast_enabled("cpu"), made.accelerator.mixed_precision))
+        return forward(batch, normalizer)
+
+    made.step.micro_batch = spy
+    made.train()
+    model, autocast, mixed_precision = seen[0]
+    assert model == built
+    assert not autocast
+    assert mixed_precision == "no"
+    assert made.model is made.step.model
+
+
+def test_the_cut_changes_neither_losses_nor_weights(tiny_source, tmp_path):
+    whole, _ = trainer(tiny_source, tmp_path / "whole")
+    whole.train()
+    start = adapters(build_model(CANDIDATE, tiny_source, resolve_policy(CANDIDATE, CPU), lora_alpha=32, seed=3))
+    end = adapters(whole.model)
+    travelled = sum((end[n] - start[n]).norm() ** 2 for n in end).sqrt()
+    fine, _ = trainer(tiny_source, tmp_path / "fine", CANDIDATE.replace(micro_batch_size=1))
+    fine.train()
+    apart = sum((end[n] - p).norm() ** 2 for n, p in adapters(fine.model).items()).sqrt()
+    assert travelled > 0.1
+    assert apart <= 1e-4 * travelled
+    assert losses(tmp_path / "fine") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert whole.state.global_step == fine.state.global_step == 4
+
+
+def test_the_loss_falls_and_every_step_is_on_record(tiny_source, tmp_path):
+    made, record = trainer(tiny_source, tmp_path, max_steps=20)
+    made.train()
+    assert len(losses(tmp_path)) == 20
+    assert record.first_loss == losses(tmp_path)[0]
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
+
+
+def test_evaluation_is_the_mean_loss_of_the_same_step(tiny_source, tmp_path):
+    made, _ = trainer(tiny_source, tmp_path, CANDIDATE.replace(micro_batch_size=2), evaluate=True)
+    rows = list(dataset(8))
+    metrics = made.evaluate(dataset(8))
+    whole = float(made.step.evaluate(collate(rows, 0))) / trained_tokens(rows)
+    assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_stop_saves_at_the_next_step_and_the_rest_of_the_run_is_the_same(tiny_source, tmp_path):
+    undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
+    undisturbed.train()
+
+    stopped, record = trainer(tiny_source, tmp_path / "stopped")
+    stopped.step.report = lambda phase: record.stop() if stopped.state.global_step == 1 else None
+    stopped.train()
+    assert stopped.state.global_step == 2
+
+    resumed, _ = trainer(tiny_source, tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    for name, parameter in adapters(undisturbed.model).items():
+        assert torch.equal(parameter, adapters(resumed.model)[name])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_source, tmp_path, value):
+    made, _ = trainer(tiny_source, tmp_path, save_steps=1)
+    accumulate = made.step.accumulate
+
+    def poisoned(batches, normalizer):
+        loss = accumulate(batches, normalizer)
+        return loss * value if made.state.global_step == 2 else loss
+
+    made.step.accumulate = poisoned
+    with pytest.raises(NonFiniteLoss, match="step 3"):
+        made.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
