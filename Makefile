@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= autofit-runs
+
+.PHONY: demo test lint typecheck contracts pytest clean
+
+demo: .venv/.installed
+	@rm -rf $(DEMO)/demo $(DEMO)/demo-half
+	$(BIN)/autofit run --gpu-mem 24GB --output-dir $(DEMO)/demo
+	@echo; echo "Once more with half of that, to watch it run out of memory and step down:"; echo
+	@# Half of what the tensors took; on a GPU the CUDA context and the headroom stay.
+	$(BIN)/autofit run --gpu-mem $$($(BIN)/python -c "import json; p = json.load(open('$(DEMO)/demo/plan.json')); \
+	m = p['measured']; print(m['device_bytes'] - m['peak_allocated_bytes'] // 2 + p['budget']['headroom_bytes'])")B \
+	--max-steps 10 --output-dir $(DEMO)/demo-half
+
+test: lint typecheck contracts pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
+
+typecheck: .venv/.dev
+	$(BIN)/mypy
+
+contracts: .venv/.dev
+	$(BIN)/lint-imports
+
+pytest: .venv/.dev
+	$(BIN)/pytest -n 2
+
+.venv/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "autofit needs Python 3.11 or newer; name one: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv: about 0.5 GB to download where pip finds a CPU build of torch, about 3 GB where it"
+	@echo "takes PyPI's build for NVIDIA GPUs."
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv $(DEMO)
