@@ -1,0 +1,5 @@
+"""`python -m autofit`: the command, where its script is not on the PATH."""
+
+from autofit.cli.main import main
+
+main()

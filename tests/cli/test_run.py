@@ -1,0 +1,136 @@
+"""The main job as a user runs it: the command in a process of its own, its files, its signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RUN = [sys.executable, "-m", "autofit", "run"]
+FOLDER = {
+    *("resolved.yaml", "plan.json", "trials.jsonl", "metrics.jsonl", "events.jsonl", "env.json"),
+    *("adapter", "README.md", "report.html", "study.journal", "work"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {i}"},
+                {"role": "assistant", "content": f"it is {i} " * (i % 9)},
+            ]
+        }
+        for i in range(1, 120)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_json_prints_one_document_and_the_adapter_loads(tiny_model, data, tmp_path):
+    command = [
+        *RUN,
+        "--model",
+        tiny_model,
+        "--data",
+        data,
+        "--max-steps",
+        "3",
+        "--json",
+        "--output-dir",
+        tmp_path / "run",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert "Traceback" not in done.stderr
+    folder = tmp_path / "run"
+    assert FOLDER | {"checkpoint-3"} == {p.name for p in folder.iterdir()}
+    assert document["training"]["steps"] == 3
+    assert document["plan"] == json.loads((folder / "plan.json").read_text())
+    chosen, measured = document["plan"]["chosen"], document["plan"]["measured"]
+    assert measured["status"] == "FIT"
+    assert document["training"]["device_bytes"] <= measured["device_bytes"]
+    assert chosen["micro_batch_size"] == 16
+    assert not (folder / "base").exists()
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"))
+    assert model.peft_config["default"].r == 16
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    assert AutoTokenizer.from_pretrained(folder / "adapter").eos_token_id == 257
+    assert chosen["lora_rank"] == 16
+    assert "loss" in (folder / "report.html").read_text()
+    assert str(tiny_model) in (folder / "README.md").read_text()
+
+    again = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "finished run" in again.stderr
+
+
+def test_the_embedded_default_trains_on_real_text_and_keeps_its_base(tmp_path):
+    command = [*RUN, "--gpu-mem", "24GB", "--pin", "max_seq_length=160", "--max-steps", "8", "--output-dir", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.5
+    assert "of the trained tokens are cut" in done.stdout  # a shorter sequence is announced
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(folder / "base")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), str(folder / "adapter"))
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tiny_model, data, tmp_path):
+    folder = tmp_path / "run"
+    command = [*RUN, "--model", tiny_model, "--data", data, "--max-steps", "60", "--output-dir", folder]
+    command = list(map(str, command))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_for(lambda: (folder / "metrics.jsonl").is_file(), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert len(checkpoints) == 1
+    assert not (folder / "adapter").exists()
+    trials = (folder / "trials.jsonl").read_text()
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "from an earlier start" in done.stdout
+    assert (folder / "trials.jsonl").read_text() == trials
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
+
+
+def test_a_killed_controller_leaves_no_process_behind(tiny_model, data, tmp_path):
+    command = [*RUN, "--model", tiny_model, "--data", data, "--output-dir", tmp_path / "run", "--max-steps", "2000"]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file(), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2  # the fork server and the training child
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+
+
+def wait_for(condition, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
