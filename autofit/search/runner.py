@@ -10,7 +10,7 @@ from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
-from autofit.trial.allocator import allocator_env
+from autofit.trial.environment import child_environment
 from autofit.trial.classify import classify
 from autofit.trial.job import Job, Outcome
 from autofit.trial.request import TrialRequest
@@ -49,7 +49,7 @@ class SandboxRunner:
             request=request.to_json(),
             folder=self._new_folder(),
             deadline_seconds=self.deadline_seconds,
-            env=allocator_env(),
+            env=child_environment(),
         )
         return trial_result(self.sandbox.run(job))
 

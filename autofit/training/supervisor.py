@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,19 +15,23 @@ from autofit.search.fit_report import FitReport, GivenUp, given_up, why_nothing_
 from autofit.search.outcome import SearchOutcome, SearchSpace, Trial, TrialEvent
 from autofit.search.runner import SandboxRunner
 from autofit.search.study import TrialStudy
-from autofit.space.budget import MemoryBudget, make_budget
+from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
-from autofit.space.ladder import Limits
 from autofit.space.source import ModelSource
 from autofit.space.units import format_bytes
-from autofit.space.wish import check_pins, make_wish
-from autofit.step.policy import default_dtype
 from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
-from autofit.training.request import Schedule, TrainingRequest
+from autofit.training.question import (
+    Prepared,
+    fingerprint,
+    preparation_request,
+    search_space,
+    training_schedule,
+)
+from autofit.training.request import TrainingRequest
 from autofit.training.resources import check_resources
 from autofit.training.workspace import Staging, Workspace, choose_folder, environment
-from autofit.trial.allocator import allocator_env
+from autofit.trial.environment import child_environment
 from autofit.trial.classify import classify
 from autofit.trial.job import Job, Outcome
 from autofit.trial.result import TrialStatus
@@ -45,17 +48,6 @@ class Narrator(Protocol):
     def trial(self, event: TrialEvent) -> None: ...
     def plan(self, report: FitReport) -> None: ...
     def training(self, record: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What the preparation found."""
-
-    source: ModelSource
-    model: ModelFacts
-    data: DataFacts
-    device: DeviceFacts
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +72,16 @@ def execute(config: RunConfig, narrator: Narrator, sandbox: Sandbox) -> RunSumma
         KeyboardInterrupt: interrupted; the same output folder goes on from there.
     """
     workspace = Workspace(choose_folder(config.output_dir))
-    run = _Run(config, narrator, workspace, sandbox)
+    run = Run(config, narrator, workspace, sandbox)
     prepared = run.prepare()
     report = run.fit(prepared)
     training = run.train(prepared, report)
     return RunSummary(folder=workspace.folder, report=report, source=prepared.source, training=training)
 
 
-class _Run:
+class Run:
+    """One run of a config, step by step: `prepare`, `fit`, `train`."""
+
     def __init__(self, config: RunConfig, narrator: Narrator, workspace: Workspace, sandbox: Sandbox) -> None:
         self.config, self.narrator, self.workspace, self.sandbox = config, narrator, workspace, sandbox
 
@@ -98,7 +92,9 @@ class _Run:
         target = self.workspace.folder
         self.narrator.say("reading model and data")
         with Staging(target) as staging:
-            found = self._job("autofit.training.prepare:run_preparation", self._preparation(staging.folder), staging)
+            found = self._job(
+                "autofit.training.prepare:run_preparation", preparation_request(self.config, staging.folder), staging
+            )
             source = ModelSource(**found["source"])
             if self.config.embedded:
                 source = ModelSource(model=str(target / "base"))
@@ -109,7 +105,7 @@ class _Run:
                 device=DeviceFacts.from_json(found["device"]),
                 notes=tuple(found["notes"]),
             )
-            self._question(prepared)  # what the request itself rules out, before anything is written
+            search_space(self.config, prepared)  # what the request itself rules out, before anything is written
             staging.publish()
         self._write_request()
         for note in self.sandbox.notes:
@@ -117,18 +113,6 @@ class _Run:
         for note in prepared.notes:
             self.narrator.say(note)
         return prepared
-
-    def _preparation(self, folder: Path) -> dict[str, Any]:
-        config = self.config
-        return {
-            "folder": str(folder),
-            "model": config.model,
-            "data": config.data,
-            "random_weights": config.random_weights,
-            "trust_remote_code": config.trust_remote_code,
-            "eval_fraction": config.eval_fraction,
-            "seed": config.seed,
-        }
 
     def _write_request(self) -> None:
         self.workspace.write_yaml("resolved.yaml", json.loads(self.config.model_dump_json()))
@@ -138,20 +122,10 @@ class _Run:
 
     def fit(self, prepared: Prepared) -> FitReport:
         """Searches for the candidate to train."""
-        space, budget = self._question(prepared)
+        space, budget = search_space(self.config, prepared)
         self._announce(prepared, budget, space.wish.max_seq_length)
-        study = TrialStudy(self.workspace.folder, self._fingerprint(prepared, budget))
-        runner = SandboxRunner(
-            sandbox=self.sandbox,
-            folder=self.workspace.work / "trials",
-            source=ModelSource(**{**asdict(prepared.source), "random_weights": True}),
-            device=prepared.device,
-            budget=budget,
-            lora_alpha=self.config.lora_alpha,
-            seed=self.config.seed,
-            deadline_seconds=self.config.trial_timeout,
-        )
-        outcome = measure(space, budget, runner, study, self._on_trial)
+        study = TrialStudy(self.workspace.folder, fingerprint(prepared, budget, self.config.trial_timeout))
+        outcome = measure(space, budget, self.runner(prepared, budget), study, self._on_trial)
         if outcome.winner is None:
             raise self._no_winner(outcome, space, budget, prepared.device)
         report = self._report(prepared, space.wish, budget, outcome, outcome.winner)
@@ -160,23 +134,18 @@ class _Run:
         self.narrator.plan(report)
         return report
 
-    def _question(self, prepared: Prepared) -> tuple[SearchSpace, MemoryBudget]:
-        config, device = self.config, prepared.device
-        budget = make_budget(config.gpu_mem, device)
-        dtype = config.dtype or default_dtype(device)
-        wish = make_wish(prepared.model, prepared.data, budget, dtype, config.global_batch_size, config.asked)
-        check_pins(wish, frozenset(config.pin), prepared.model, budget)
-        limits = Limits(
-            global_batch_size=config.global_batch_size,
-            checkpointable_layers=prepared.model.checkpointable_layers,
-            can_page=device.type == "cuda",
-            can_quantize=prepared.model.quantized_bits is None,
-            double_quant=config.double_quant,
-            pins=frozenset(config.pin),
-            minima=config.min,
-            allow=frozenset(config.allow),
+    def runner(self, prepared: Prepared, budget: MemoryBudget) -> SandboxRunner:
+        """Who runs the trials: weights are random at full size, so that nothing is downloaded before a config fits."""
+        return SandboxRunner(
+            sandbox=self.sandbox,
+            folder=self.workspace.work / "trials",
+            source=replace(prepared.source, random_weights=True),
+            device=prepared.device,
+            budget=budget,
+            lora_alpha=self.config.lora_alpha,
+            seed=self.config.seed,
+            deadline_seconds=self.config.trial_timeout,
         )
-        return SearchSpace(wish=wish, limits=limits, order=config.order), budget
 
     def _announce(self, prepared: Prepared, budget: MemoryBudget, longest: int) -> None:
         device, data, model = prepared.device, prepared.data, prepared.model
@@ -197,16 +166,6 @@ class _Run:
                 f"sequences are cut to {longest:,} tokens: {examples:,} of {data.num_examples:,} examples "
                 f"and {share:.1%} of the trained tokens are cut"
             )
-
-    def _fingerprint(self, prepared: Prepared, budget: MemoryBudget) -> str:
-        """What a trial's result depends on besides its candidate."""
-        question = {
-            "model": [asdict(prepared.source), prepared.model.to_json()],
-            "device": prepared.device.to_json(),
-            "budget": asdict(budget),
-            "environment": environment(),
-        }
-        return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
     def _on_trial(self, event: TrialEvent) -> None:
         if event.kind != "stored":
@@ -272,7 +231,7 @@ class _Run:
             device=prepared.device,
             cap_bytes=report.budget.usable_bytes,
             lora_alpha=self.config.lora_alpha,
-            schedule=self._schedule(),
+            schedule=training_schedule(self.config),
             data_dir=str(self.workspace.work / "data"),
             tokenizer_dir=str(self.workspace.work / "tokenizer"),
             output_dir=str(self.workspace.folder),
@@ -285,22 +244,6 @@ class _Run:
             raise
         self.workspace.event("training_end", **result)
         return result
-
-    def _schedule(self) -> Schedule:
-        config = self.config
-        return Schedule(
-            global_batch_size=config.global_batch_size,
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps if config.max_steps is not None else -1,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            save_steps=config.save_steps,
-            seed=config.seed,
-            evaluate=config.eval_fraction > 0,
-        )
 
     def _progress(self) -> None:
         try:
@@ -332,7 +275,7 @@ class _Run:
             request=request,
             folder=self._job_folder(where, name),
             deadline_seconds=None,
-            env=allocator_env(),
+            env=child_environment(),
         )
         outcome = self.sandbox.run(job, poll)
         if outcome.result is None:

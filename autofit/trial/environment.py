@@ -1,0 +1,20 @@
+"""The environment of every child: trial and training must see the same card through the same allocator."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def child_environment() -> dict[str, str]:
+    """One card, the first visible one; and, on Linux, expandable segments.
+
+    Those leave almost no gap between allocated and reserved memory. The user's own setting of the allocator stays.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    environment = {"CUDA_VISIBLE_DEVICES": visible}
+    if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR):
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return environment
