@@ -10,8 +10,8 @@ from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
-from autofit.trial.environment import child_environment
 from autofit.trial.classify import classify
+from autofit.trial.environment import child_environment
 from autofit.trial.job import Job, Outcome
 from autofit.trial.request import TrialRequest
 from autofit.trial.result import TrialResult, TrialStatus

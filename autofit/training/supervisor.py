@@ -31,8 +31,8 @@ from autofit.training.question import (
 from autofit.training.request import TrainingRequest
 from autofit.training.resources import check_resources
 from autofit.training.workspace import Staging, Workspace, choose_folder, environment
-from autofit.trial.environment import child_environment
 from autofit.trial.classify import classify
+from autofit.trial.environment import child_environment
 from autofit.trial.job import Job, Outcome
 from autofit.trial.result import TrialStatus
 from autofit.trial.sandbox import Sandbox

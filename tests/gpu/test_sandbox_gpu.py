@@ -7,8 +7,7 @@ import pytest
 from autofit.trial.classify import classify
 from autofit.trial.result import TrialStatus
 from autofit.trial.sandbox import Job, Sandbox
-
-from . import entries
+from tests.trial import entries
 
 pytestmark = pytest.mark.gpu
 
