@@ -146,7 +146,8 @@ def _materialize(
         known = made.get(id(empty))
         target = dtype if replaced else empty.dtype
         fresh = known if known is not None else nn.Parameter(torch.empty(empty.shape, dtype=target, device=device))
-        made[id(empty)] = fresh
+        if not replaced:
+            made[id(empty)] = fresh  # tied weights are made once; keeping quantized ones would keep their originals
         fresh.requires_grad = False
         module._parameters[name] = fresh
     with torch.no_grad():

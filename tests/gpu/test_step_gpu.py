@@ -90,12 +90,13 @@ def test_a_budget_far_below_the_card_binds(tiny_model, sandbox, tmp_path):
             deadline_seconds=120,
         ).run(candidate)
 
-    big = CANDIDATE.replace(micro_batch_size=64, max_seq_length=512)
+    # Tensors far larger than what the context grows by while kernels are loaded.
+    big = CANDIDATE.replace(micro_batch_size=512, max_seq_length=512)
     whole = run(device.total_bytes, big)
     assert whole.status is TrialStatus.FIT
     assert whole.device_bytes > whole.peak_reserved_bytes >= whole.peak_allocated_bytes
     assert whole.peak_reserved_bytes < 1.2 * whole.peak_allocated_bytes + 2**27
-    tight = run(whole.device_bytes + 2**28 - whole.peak_allocated_bytes // 2, big)
+    tight = run(whole.device_bytes - whole.peak_allocated_bytes // 2, big)
     assert (tight.status, tight.phase) == (TrialStatus.OOM, "forward")
     assert tight.projected_bytes > 0
     roomy = run(whole.device_bytes + 2**28 + 2**26, big)

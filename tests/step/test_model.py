@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autofit.errors import UsageError
@@ -87,6 +88,23 @@ def test_so_many_layers_are_checkpointed(tiny_source, n):
         stock = load_base(load_config(tiny_source), candidate, tiny_source, resolve_policy(candidate, CPU))
         stock.activation_checkpointing_enable(every_n_layers=2)
         assert flags == [m.gradient_checkpointing for m in stock.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+@pytest.mark.parametrize("random_weights", [True, False])
+def test_building_in_four_bits_never_holds_the_whole_model_unquantized(tmp_path, random_weights):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    candidate = PLAIN.replace(quantization_bits=4)
+    source = ModelSource(model=str(tmp_path), random_weights=random_weights)
+    with Ledger() as ledger:
+        model = build_model(candidate, source, resolve_policy(candidate, CPU), lora_alpha=32, seed=0)
+        ledger.hold([*model.parameters(), *model.buffers()])
+    largest = 4 * 256 * 512
+    # One layer in float32 and what quantizing it takes, beside what is kept.
+    assert ledger.peak_bytes < ledger.live_bytes + 6 * largest
 
 
 def test_more_checkpointing_less_memory_same_gradients(tiny_source):
