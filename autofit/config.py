@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from autofit.errors import UsageError
 from autofit.space.budget import check_budget_text
 from autofit.space.candidate import KNOBS, LOSSY
-from autofit.space.ladder import DEFAULT_ORDER, check_knob, parse_order
+from autofit.space.ladder import DEFAULT_ORDER, MINIMA, check_knob, parse_order
 
 # What 2 cores train visibly in well under a minute; used where neither model nor data is given.
 EMBEDDED_PRESET: dict[str, Any] = {"max_steps": 20, "learning_rate": 1e-2, "warmup_steps": 2}
@@ -89,6 +89,14 @@ class RunConfig(BaseModel):
         if not isinstance(value, Mapping):
             raise UsageError(f"{value!r} must be knob: value pairs")
         return {check_knob(str(name)): v for name, v in value.items()}
+
+    @field_validator("min")
+    @classmethod
+    def _have_minima(cls, value: dict[str, int]) -> dict[str, int]:
+        for knob in value:
+            if knob not in MINIMA:
+                raise UsageError(f"min {knob}: it has no minimum; valid: {', '.join(MINIMA)}")
+        return value
 
     @field_validator("allow", mode="before")
     @classmethod

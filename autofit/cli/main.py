@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
+from autofit import __version__
 from autofit.cli.run import run
 from autofit.errors import AutofitError
 
 app = typer.Typer(
     name="autofit",
-    help="The auto-tuning QLoRA trainer: finds the config that fits your GPU, then trains with it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,9 +22,17 @@ app = typer.Typer(
 app.command()(run)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"autofit {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    """Keeps `run` a command of its own beside those to come."""
+def _commands(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it.")] = False,
+) -> None:
+    """The auto-tuning QLoRA trainer: finds the config that fits your GPU, then trains with it."""
 
 
 def main() -> None:

@@ -14,16 +14,18 @@ def run(
     gpu_mem: Annotated[str | None, typer.Option(help="24GB, 24GiB, a card (rtx-4090), or auto.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub id. Default: a small one made on the spot.")] = None,
     data: Annotated[str | None, typer.Option(help="File (jsonl, json, csv, parquet), folder or hub id.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="New, empty, or a run to go on with.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: one epoch.")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(help="New, or a run to go on with. Default: autofit-runs/TIME.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: one epoch; demo: 20.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of adapters, order and dropout.")] = None,
     search: Annotated[str | None, typer.Option(help="measure: by trial steps in child processes.")] = None,
     order: Annotated[
         str | None, typer.Option(help="What is given up first: batch,checkpointing,paging,bits,offloading,seq,rank.")
     ] = None,
-    pin: Annotated[list[str] | None, typer.Option(help="knob=value that is never touched. Repeatable.")] = None,
-    minimum: Annotated[list[str] | None, typer.Option("--min", help="knob=value never gone below. Repeatable.")] = None,
-    allow: Annotated[str | None, typer.Option(help="Lossy knobs that may move: bits,seq,rank or none.")] = None,
+    pin: Annotated[list[str] | None, typer.Option(metavar="KNOB=VALUE", help="Never touched. Repeatable.")] = None,
+    minimum: Annotated[list[str] | None, typer.Option("--min", metavar="KNOB=VALUE", help="Lowest value.")] = None,
+    allow: Annotated[str | None, typer.Option(help="Lossy knobs that may move, or none. Default: all.")] = None,
     random_weights: Annotated[
         bool | None, typer.Option("--random-weights", help="Train a folder that has only a config.json.")
     ] = None,

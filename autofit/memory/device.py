@@ -27,7 +27,7 @@ def detect_device() -> DeviceFacts:
                 total_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
                 compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
             )
-    return DeviceFacts(type="cpu", name=platform.processor() or platform.machine(), total_bytes=host_memory_bytes())
+    return DeviceFacts(type="cpu", name=f"CPU ({platform.machine()})", total_bytes=host_memory_bytes())
 
 
 def host_memory_bytes() -> int:

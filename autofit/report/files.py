@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from autofit.report.words import candidate_words, given_up_words
+from autofit.report.words import candidate_words, given_up_words, loss_words
 from autofit.search.outcome import Trial
 from autofit.space.units import format_bytes
 from autofit.training.supervisor import RunSummary
@@ -12,10 +12,12 @@ from autofit.training.workspace import Workspace
 
 
 def write_reports(summary: RunSummary) -> None:
-    """Writes both files, each whole or not at all."""
+    """Writes both files, each whole or not at all; the card last, and beside the adapter too."""
     workspace = Workspace(summary.folder)
-    workspace.write_text("README.md", model_card(summary))
     workspace.write_text("report.html", html_report(summary))
+    card = model_card(summary)
+    (summary.folder / "adapter" / "README.md").write_text(card, encoding="utf-8")  # what people upload
+    workspace.write_text("README.md", card)
 
 
 def model_card(summary: RunSummary) -> str:
@@ -32,7 +34,7 @@ tags: [lora, autofit]
 # LoRA adapter
 
 Trained on {base}`{summary.source.model}` with {report.num_examples:,} examples, {training["steps"]:,} optimizer steps;
-loss {training["first_loss"]:.4f} → {training["last_loss"]:.4f}.
+{loss_words(training)}.
 
 - device: {report.device.name}, budget {format_bytes(report.budget.total_bytes)}
 - config: {candidate_words(chosen)}
@@ -47,7 +49,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({summary.source.model!r})
-model = PeftModel.from_pretrained(base, "adapter")
+model = PeftModel.from_pretrained(base, {str(summary.folder / "adapter")!r})
 ```
 """
 
@@ -67,7 +69,7 @@ tr {{ border-bottom: 1px solid #ddd }} .chosen {{ background: #eef8ee }}
 </style>
 <h1>{escape(candidate_words(report.winner.candidate))}</h1>
 <p>{escape(report.device.name)}, budget {format_bytes(report.budget.total_bytes)};
-trained {training["steps"]:,} steps, loss {training["first_loss"]:.4f} → {training["last_loss"]:.4f},
+trained {training["steps"]:,} steps, {loss_words(training)},
 peak {format_bytes(training["device_bytes"])}.</p>
 <h2>Given up</h2><ul>{given}</ul>
 <h2>Trials</h2>

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from autofit.search.fit_report import FitReport, GivenUp
 from autofit.space.candidate import Candidate
 
@@ -17,25 +19,33 @@ _NAMES = {
 
 
 def candidate_words(candidate: Candidate) -> str:
-    """`16×1,589 tokens, 4 layers checkpointed, 4 bits, rank 16`: what is at its plainest is left unsaid."""
+    """`16 × 1,600 tokens, 4 layers checkpointed, 4 bits, rank 16`: what is at its plainest is left unsaid."""
     rows, length = candidate.micro_batch_size, candidate.max_seq_length
-    parts = [f"{rows}×{length:,} tokens"]
+    parts = [f"{rows} × {length:,} tokens"]
     if candidate.checkpointed_layers:
         parts.append(f"{candidate.checkpointed_layers} layers checkpointed")
     if candidate.offload_activations != "none":
         parts.append(f"offloading {candidate.offload_activations}")
     if candidate.optimizer != "adamw_torch":
         parts.append(candidate.optimizer)
-    parts.append(candidate.dtype if candidate.quantization_bits == 16 else f"{candidate.quantization_bits} bits")
+    bits = candidate.quantization_bits
+    parts.append(f"not quantized ({candidate.dtype})" if bits == 16 else f"{bits} bits")
     parts.append(f"rank {candidate.lora_rank}")
     return ", ".join(parts)
 
 
 def given_up_words(report: FitReport) -> list[str]:
     """One line for each knob that was stepped down: from, to, and what it costs."""
-    return [_one(g) for g in report.given_up]
+    return [one_given_up(given) for given in report.given_up]
 
 
-def _one(given: GivenUp) -> str:
+def loss_words(training: dict[str, Any]) -> str:
+    """`loss 5.52 → 3.61`, of a training's result; nothing where no step was logged."""
+    first, last = training["first_loss"], training["last_loss"]
+    return f"loss {first:.3f} → {last:.3f}" if first is not None and last is not None else "no loss logged"
+
+
+def one_given_up(given: GivenUp) -> str:
+    """One knob: from, to, and what it costs."""
     change = f"{_NAMES[given.knob]} {given.wished} → {given.chosen}"
     return f"{change}: CHANGES THE RESULT, {given.cost}" if given.lossy else f"{change} (same result)"

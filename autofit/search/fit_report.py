@@ -42,6 +42,7 @@ class FitReport:
     trials: tuple[Trial, ...]
     num_checkpointable_layers: int
     num_examples: int
+    data_fingerprint: str
     optimizer_steps: int
     seconds_estimated: float | None
 
@@ -56,6 +57,7 @@ class FitReport:
             "given_up": [asdict(g) for g in self.given_up],
             "trials": [{**t.candidate.to_json(), **t.result.to_json(), "number": t.number} for t in self.trials],
             "num_examples": self.num_examples,
+            "data_fingerprint": self.data_fingerprint,
             "optimizer_steps": self.optimizer_steps,
             "seconds_estimated": self.seconds_estimated,
         }
@@ -95,13 +97,14 @@ def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryB
         f"{c.max_seq_length}, {c.checkpointed_layers} layers checkpointed, {c.quantization_bits} bits, rank "
         f"{c.lora_rank}) needs {needs}"
     )
-    hints = [f"free the knob {name!r}" for name in _held_knobs(space)]
+    held = _held_knobs(space)
+    hints = [f"free {' or '.join(held)}"] if held else []
     if device.type == "cuda" and need:
         fitting = sorted((size, card) for card, size in CARDS.items() if size * MIB > need * 1.05)
         hints += [f"use a card like {fitting[0][1]}"] if fitting else []
     elif need:
-        hints.append(f"give it --gpu-mem {-(-need * 21 // (20 * 10**6))}MB")
-    return f"{text}; {' or '.join(hints)}" if hints else text
+        hints.append(f"use --gpu-mem {-(-need * 21 // (20 * 10**6))}MB")
+    return f"{text}; {', or '.join(hints)}" if hints else text
 
 
 def _held_knobs(space: SearchSpace) -> list[str]:

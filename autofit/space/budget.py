@@ -73,7 +73,10 @@ def check_budget_text(text: str) -> str:
     if name == "auto" or name in CARDS:
         return name
     if name[:1].isdigit() or name[:1] in ("-", "+", "."):
-        parse_bytes(text)
+        try:
+            parse_bytes(text)
+        except UsageError as error:
+            raise UsageError(f"gpu-mem: {error}") from error
         return text.strip()
     near = difflib.get_close_matches(name, CARDS, n=3, cutoff=0.3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known cards: {', '.join(CARDS)}"

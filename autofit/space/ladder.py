@@ -22,7 +22,7 @@ RUNGS = {
 DEFAULT_ORDER = tuple(RUNGS)
 SHORTEST_SEQUENCE = 64
 LOWEST_RANK = 4
-_MINIMA = {"micro_batch_size": 1, "max_seq_length": SHORTEST_SEQUENCE, "quantization_bits": 4, "lora_rank": LOWEST_RANK}
+MINIMA = {"micro_batch_size": 1, "max_seq_length": SHORTEST_SEQUENCE, "quantization_bits": 4, "lora_rank": LOWEST_RANK}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def knob_values(knob: str, wish: Candidate, limits: Limits) -> list[int | str]:
     if knob in limits.pins or (knob in LOSSY and knob not in limits.allow):
         return [current]
     values = [current, *_steps_down(knob, wish, limits)]
-    least = max(_MINIMA.get(knob, 0), limits.minima.get(knob, 0))
+    least = max(MINIMA.get(knob, 0), limits.minima.get(knob, 0))
     return [v for v in values if v == current or isinstance(v, str) or v >= least]
 
 

@@ -33,7 +33,11 @@ def make_wish(
     positions = model.max_positions or data.longest
     values.setdefault("dtype", dtype)
     values.setdefault("max_seq_length", min(data.longest, positions))
-    values["micro_batch_size"] = min(values.get("micro_batch_size", global_batch_size), global_batch_size)
+    if values.setdefault("micro_batch_size", global_batch_size) > global_batch_size:
+        raise UsageError(
+            f"micro_batch_size {values['micro_batch_size']} is more than the {global_batch_size} sequences of a step; "
+            "raise global_batch_size if that is what you want"
+        )
     # Even where one micro-batch would hold them all, unequal sequences are cheaper cut (`space.cut`).
     values["accumulates"] = global_batch_size > 1
     if model.quantized_bits is not None:

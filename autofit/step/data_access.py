@@ -73,7 +73,7 @@ def first_line(error: BaseException) -> str:
 
 def _nearest(path: Path) -> Path | None:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
     return path.parent / near[0] if near else None
 
 

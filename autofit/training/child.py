@@ -66,6 +66,7 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
     meter.reset_peak()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
     peaks = meter.peaks()
+    losses = record.losses()
     report("save")
     if not record.stopping:
         step.model.save_pretrained(str(output_dir / "adapter"))
@@ -73,8 +74,8 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
     return {
         "interrupted": record.stopping,
         "steps": trainer.state.global_step,
-        "first_loss": record.first_loss,
-        "last_loss": record.last_loss,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
         "peak_allocated_bytes": peaks.allocated_bytes,
         "peak_reserved_bytes": peaks.reserved_bytes,
         "device_bytes": peaks.device_bytes,
@@ -92,13 +93,18 @@ class RunRecord(TrainerCallback):
         self.file = output_dir / "metrics.jsonl"
         self.report: Callable[..., None] = report
         self.stopping = False
-        self.first_loss: float | None = None
-        self.last_loss: float | None = None
         self.started = time.time()
 
     def stop(self) -> None:
         """Asks for a checkpoint and an end at the next step boundary."""
         self.stopping = True
+
+    def losses(self) -> list[float]:
+        """The loss of every step on record, those before a resume included."""
+        if not self.file.is_file():
+            return []
+        lines = (json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines())
+        return [line["loss"] for line in lines if "loss" in line]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,7 +125,4 @@ class RunRecord(TrainerCallback):
         line = {"step": state.global_step, "seconds": round(time.time() - self.started, 3), **(logs or {})}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if "loss" in line:
-            self.last_loss = line["loss"]
-            self.first_loss = line["loss"] if self.first_loss is None else self.first_loss
         self.report("train", step=state.global_step, max_steps=state.max_steps, **(logs or {}))

@@ -10,7 +10,7 @@ from datasets import DatasetDict
 
 from autofit.memory.device import detect_device
 from autofit.space.source import ModelSource
-from autofit.step.data import data_facts, load_data, prepare, split_eval
+from autofit.step.data import RawData, data_facts, load_data, prepare, split_eval
 from autofit.step.default_model import save_default_model
 from autofit.step.inspect import inspect_model
 from autofit.step.tokenizer import LoadedTokenizer, byte_tokenizer, load_tokenizer
@@ -33,7 +33,8 @@ def run_preparation(request: dict[str, Any], report: PhaseReport) -> dict[str, A
     source, loaded = _model(request, folder / "base")
     model = inspect_model(source)
     report("data")
-    prepared = prepare(load_data(request["data"]), loaded.tokenizer)
+    raw = load_data(request["data"])
+    prepared = prepare(raw, loaded.tokenizer)
     train, evaluation = split_eval(prepared.dataset, request["eval_fraction"], request["seed"])
     splits = DatasetDict({"train": train} if evaluation is None else {"train": train, "eval": evaluation})
     splits.save_to_disk(work / "data")
@@ -44,8 +45,19 @@ def run_preparation(request: dict[str, Any], report: PhaseReport) -> dict[str, A
         "model": model.to_json(),
         "data": facts.to_json(),
         "device": device.to_json(),
-        "notes": [*loaded.notes, *prepared.notes],
+        "notes": [*loaded.notes, *prepared.notes, *_defaults_taken(request, raw)],
     }
+
+
+def _defaults_taken(request: dict[str, Any], raw: RawData) -> list[str]:
+    notes = []
+    if request["model"] is not None and request["data"] is None:
+        notes.append("no --data: this trains on the embedded docstrings of Python's standard library")
+    if request["model"] is None and request["data"] is not None:
+        notes.append("no --model: this trains the embedded model of about 1 M random parameters")
+    if "messages" in raw.dataset.column_names:
+        notes.append("every turn of a conversation is trained, the user's too; prompt/completion trains answers only")
+    return notes
 
 
 def _model(request: dict[str, Any], base: Path) -> tuple[ModelSource, LoadedTokenizer]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from autofit.config import RunConfig
 from autofit.errors import BY_NAME, AutofitError, NothingFits
@@ -19,8 +19,8 @@ from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.source import ModelSource
-from autofit.space.units import format_bytes
 from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
+from autofit.training.narrator import Narrator, announce
 from autofit.training.question import (
     Prepared,
     fingerprint,
@@ -30,6 +30,7 @@ from autofit.training.question import (
 )
 from autofit.training.request import TrainingRequest
 from autofit.training.resources import check_resources
+from autofit.training.resume import check_same_config, check_same_data, check_same_result, last_step
 from autofit.training.workspace import Staging, Workspace, choose_folder, environment
 from autofit.trial.classify import classify
 from autofit.trial.environment import child_environment
@@ -38,16 +39,6 @@ from autofit.trial.result import TrialStatus
 from autofit.trial.sandbox import Sandbox
 
 PRELOAD = ("autofit.trial.child", "autofit.training.prepare", "autofit.training.child")
-
-
-class Narrator(Protocol):
-    """Whoever tells the user what happens."""
-
-    def say(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def trial(self, event: TrialEvent) -> None: ...
-    def plan(self, report: FitReport) -> None: ...
-    def training(self, record: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +63,16 @@ def execute(config: RunConfig, narrator: Narrator, sandbox: Sandbox) -> RunSumma
         KeyboardInterrupt: interrupted; the same output folder goes on from there.
     """
     workspace = Workspace(choose_folder(config.output_dir))
+    check_same_config(workspace.folder, config)
     run = Run(config, narrator, workspace, sandbox)
-    prepared = run.prepare()
-    report = run.fit(prepared)
-    training = run.train(prepared, report)
+    try:
+        prepared = run.prepare()
+        report = run.fit(prepared)
+        training = run.train(prepared, report)
+    except KeyboardInterrupt:
+        if workspace.folder.is_dir():
+            narrator.say(f"to go on: the same command with --output-dir {workspace.folder}")
+        raise
     return RunSummary(folder=workspace.folder, report=report, source=prepared.source, training=training)
 
 
@@ -105,6 +102,7 @@ class Run:
                 device=DeviceFacts.from_json(found["device"]),
                 notes=tuple(found["notes"]),
             )
+            check_same_data(target, prepared.data)
             search_space(self.config, prepared)  # what the request itself rules out, before anything is written
             staging.publish()
         self._write_request()
@@ -115,7 +113,8 @@ class Run:
         return prepared
 
     def _write_request(self) -> None:
-        self.workspace.write_yaml("resolved.yaml", json.loads(self.config.model_dump_json()))
+        resolved = json.loads(self.config.model_dump_json(exclude={"output_dir"}))
+        self.workspace.write_yaml("resolved.yaml", resolved)
         self.workspace.write_json("env.json", environment())
 
     # ---- fit ----
@@ -123,11 +122,12 @@ class Run:
     def fit(self, prepared: Prepared) -> FitReport:
         """Searches for the candidate to train."""
         space, budget = search_space(self.config, prepared)
-        self._announce(prepared, budget, space.wish.max_seq_length)
+        announce(self.narrator, self.config, prepared, budget, space.wish)
         study = TrialStudy(self.workspace.folder, fingerprint(prepared, budget, self.config.trial_timeout))
         outcome = measure(space, budget, self.runner(prepared, budget), study, self._on_trial)
         if outcome.winner is None:
             raise self._no_winner(outcome, space, budget, prepared.device)
+        check_same_result(self.workspace.folder, outcome.winner.candidate)
         report = self._report(prepared, space.wish, budget, outcome, outcome.winner)
         self.workspace.write_json("plan.json", report.to_json())
         self.workspace.event("chosen", **outcome.winner.candidate.to_json())
@@ -146,26 +146,6 @@ class Run:
             seed=self.config.seed,
             deadline_seconds=self.config.trial_timeout,
         )
-
-    def _announce(self, prepared: Prepared, budget: MemoryBudget, longest: int) -> None:
-        device, data, model = prepared.device, prepared.data, prepared.model
-        if budget.clamped_from_bytes is not None:
-            self.narrator.warn(
-                f"the budget of {format_bytes(budget.clamped_from_bytes)} is more than {device.name} has; "
-                f"using all of its {format_bytes(budget.total_bytes)}"
-            )
-        headroom = f", {format_bytes(budget.headroom_bytes)} headroom" if budget.headroom_bytes else ""
-        self.narrator.say(f"device   {device.name}, budget {format_bytes(budget.total_bytes)}{headroom}")
-        self.narrator.say(f"model    {model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters")
-        dropped = f", {data.dropped_examples} without anything to train on left out" if data.dropped_examples else ""
-        self.narrator.say(f"data     {data.num_examples:,} examples, at most {data.longest:,} tokens{dropped}")
-
-        if data.longest > longest:
-            examples, share = data.truncation_cost(longest)
-            self.narrator.warn(
-                f"sequences are cut to {longest:,} tokens: {examples:,} of {data.num_examples:,} examples "
-                f"and {share:.1%} of the trained tokens are cut"
-            )
 
     def _on_trial(self, event: TrialEvent) -> None:
         if event.kind != "stored":
@@ -199,6 +179,7 @@ class Run:
             trials=outcome.trials,
             num_checkpointable_layers=prepared.model.checkpointable_layers,
             num_examples=data.num_examples,
+            data_fingerprint=data.fingerprint,
             optimizer_steps=steps,
             seconds_estimated=seconds,
         )
@@ -220,9 +201,13 @@ class Run:
             prepared.device,
             winner.result.trainable_parameters or 0,
         )
+        done = last_step(self.workspace.folder)
+        if done:
+            self.narrator.say(f"going on from step {done:,} of {report.optimizer_steps:,}")
         if report.seconds_estimated is not None:
+            left = report.seconds_estimated * max(0, 1 - done / report.optimizer_steps)
             self.narrator.say(
-                f"training {spoken(report.seconds_estimated)} for {report.optimizer_steps:,} steps "
+                f"training {spoken(left)} for {report.optimizer_steps - done:,} steps "
                 f"of {self.config.global_batch_size} examples"
             )
         request = TrainingRequest(
@@ -242,6 +227,14 @@ class Run:
         except KeyboardInterrupt:
             self.workspace.event("training_interrupted")
             raise
+        except AutofitError as error:
+            self.workspace.event("training_failed", reason=str(error))
+            kept = last_step(self.workspace.folder)
+            where = (
+                f"checkpoint-{kept} of {self.workspace.folder} is the last one" if kept else "no checkpoint was saved"
+            )
+            raise type(error)(f"{error}; {where}") from error
+        self._progress()
         self.workspace.event("training_end", **result)
         return result
 

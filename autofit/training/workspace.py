@@ -24,8 +24,8 @@ class Workspace:
     """The folder of one run.
 
     resolved.yaml, plan.json, trials.jsonl, metrics.jsonl, events.jsonl, env.json, checkpoint-*/, adapter/, base/
-    (embedded model only), README.md, report.html are for people; work/ holds the study, the trials' records, and the
-    prepared data and tokenizer.
+    (embedded model only), README.md, report.html are for people; study.journal (the trials) and work/ (the trials'
+    records, the prepared data and tokenizer) are what an interrupted run goes on from.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,8 +34,8 @@ class Workspace:
 
     @property
     def finished(self) -> bool:
-        """Whether training has come to its end."""
-        return (self.folder / "adapter" / "adapter_model.safetensors").is_file()
+        """Whether the run has come to its end; the model card is written last."""
+        return (self.folder / "README.md").is_file()
 
     def event(self, name: str, **details: Any) -> None:
         """Appends a line to events.jsonl."""
@@ -75,7 +75,7 @@ def choose_folder(asked: str | None) -> Path:
         if not (folder / "resolved.yaml").is_file():
             raise UsageError(f"output-dir {asked} is not empty and holds no run of autofit; name another")
         if Workspace(folder).finished:
-            raise UsageError(f"output-dir {asked} holds a finished run (adapter/); name another or remove it")
+            raise UsageError(f"output-dir {asked} holds a finished run; name another or remove it")
     return folder
 
 

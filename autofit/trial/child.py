@@ -134,8 +134,9 @@ class _Trial:
         peaks = self.meter.peaks()
         self.known["peak_allocated_bytes"] = peaks.allocated_bytes
         self.known["peak_reserved_bytes"] = peaks.reserved_bytes
-        if self.progress is not None and self.progress.projected_bytes is not None:
-            self.known["projected_bytes"] = self.progress.projected_bytes
+        projected = self.progress.projected_bytes if self.progress is not None and self.phase == "forward" else None
+        if projected is not None and projected > self.request.cap_bytes:
+            self.known["projected_bytes"] = projected
         self.report(self.phase, **self.known)
 
 
