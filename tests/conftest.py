@@ -3,6 +3,9 @@
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers with two spinning threads each on two cores wait for each other most of the time.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 

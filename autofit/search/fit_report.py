@@ -91,7 +91,9 @@ def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryB
         return f"no trial ran to its end; the last was {last.status.value} in {last.phase}: {last.message}"
     c = nearest.candidate
     need = outcome.nearest_miss_bytes
-    needs = f"about {format_bytes(need)}" if need else f"more than {format_bytes(budget.total_bytes)}"
+    seen = (nearest.result.peak_allocated_bytes or 0) + (nearest.result.requested_bytes or 0)
+    least = max(budget.total_bytes, seen)
+    needs = f"about {format_bytes(need)}" if need else f"more than {format_bytes(least)}"
     text = (
         f"nothing fits {format_bytes(budget.total_bytes)}; the nearest miss (micro-batch {c.micro_batch_size}, length "
         f"{c.max_seq_length}, {c.checkpointed_layers} layers checkpointed, {c.quantization_bits} bits, rank "
@@ -101,9 +103,9 @@ def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryB
     hints = [f"free {' or '.join(held)}"] if held else []
     if device.type == "cuda" and need:
         fitting = sorted((size, card) for card, size in CARDS.items() if size * MIB > need * 1.05)
-        hints += [f"use a card like {fitting[0][1]}"] if fitting else []
-    elif need:
-        hints.append(f"use --gpu-mem {-(-need * 21 // (20 * 10**6))}MB")
+        hints += [f"use a larger --gpu-mem or a card like {fitting[0][1]}"] if fitting else []
+    else:
+        hints.append(f"use --gpu-mem {-(-need * 21 // (20 * 10**6))}MB" if need else "use a larger --gpu-mem")
     return f"{text}; {', or '.join(hints)}" if hints else text
 
 
