@@ -36,6 +36,7 @@ def run(
     from autofit.report.files import write_reports
     from autofit.report.terminal import Terminal
     from autofit.training.supervisor import PRELOAD, execute
+    from autofit.training.workspace import other_autofit
     from autofit.trial.sandbox import Sandbox
 
     flags = {
@@ -54,6 +55,8 @@ def run(
     }
     resolved = load_run_config(config, flags)
     with Terminal(quiet_stdout=json_output) as terminal, Sandbox(preload=PRELOAD) as sandbox:
+        if other_autofit():
+            terminal.warn("another project's package `autofit` is installed beside this one (autofit-qlora): remove it")
         summary = execute(resolved, terminal, sandbox)
         write_reports(summary)
         terminal.finished(summary)

@@ -56,6 +56,7 @@ class Growth:
         self._at = rung
         self._last: Candidate | None = None
         self._ooms = 0
+        self._traded = False
 
     def choose(self) -> Choice | None:
         """The next growth to try; None when nothing more is predicted to fit or to pay."""
@@ -66,7 +67,19 @@ class Growth:
                 self._last = grown
                 return Choice(grown, "grows back what fits", self._predictor.need(grown))
             self._turn()
-        return None
+        return self._trade()
+
+    def _trade(self) -> Choice | None:
+        """Once: every layer recomputed for many more rows. It pays where a few rows leave the device waiting."""
+        limits, rung = self._space.limits, self._rung.candidate
+        most = knob_values("checkpointed_layers", self._space.wish, limits)[-1]
+        if self._traded or "checkpointing" not in self._space.order or rung.checkpointed_layers == most:
+            return None
+        self._traded = True
+        grown = self._grown(with_knob(rung, "checkpointed_layers", most, limits), ("micro_batch_size",))
+        if self._facts.tried(grown) is not None or not self._doubles_rows(grown):
+            return None
+        return Choice(grown, "more rows for less kept", self._predictor.need(grown))
 
     def _learn(self) -> None:
         trial = self._facts.tried(self._last) if self._last is not None else None

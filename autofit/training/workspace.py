@@ -129,6 +129,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def other_autofit() -> bool:
+    """Whether the distribution `autofit` of PyPI, another project, is installed: both bring a package of that name."""
+    return _version("autofit") is not None
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
