@@ -13,14 +13,13 @@ import json
 import tempfile
 from pathlib import Path
 
+from autofit.memory.device import detect_device
 from autofit.search.runner import SandboxRunner
 from autofit.space.budget import make_budget
 from autofit.space.candidate import Candidate
-from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
 from autofit.training.supervisor import PRELOAD
 from autofit.training.workspace import environment
-from autofit.trial.job import Job
 from autofit.trial.sandbox import Sandbox
 
 DEFAULTS = {"micro_batch_size": 1, "max_seq_length": 2048, "quantization_bits": 4}
@@ -34,10 +33,7 @@ def main() -> None:
     asked = parser.parse_args()
     with Sandbox(preload=PRELOAD) as sandbox, tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        job = Job(entry="autofit.memory.device:detect_for_job", request={}, folder=folder / "d", deadline_seconds=60)
-        found = sandbox.run(job)
-        assert found.result is not None, found
-        device = DeviceFacts.from_json(found.result)
+        device = detect_device()
         runner = SandboxRunner(
             sandbox=sandbox,
             folder=folder / "trials",

@@ -38,7 +38,9 @@ def _commands(
 def main() -> None:
     """The entry point. Exit codes: 0 done, 1 failed, 2 usage or config, 3 nothing fits, 4 data or access, 130
     interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         app()
     except AutofitError as error:
@@ -47,9 +49,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("autofit: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output is gone; Python would complain once more while flushing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output is gone; Python would complain once more while flushing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            print(f"autofit: {error.strerror or error}: {error.filename or 'no file named'}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -57,9 +57,3 @@ def nvml_device() -> Iterator[tuple[Any, Any]]:
         yield pynvml, handle
     finally:
         pynvml.nvmlShutdown()
-
-
-def detect_for_job(request: object, report: object) -> dict[str, Any]:
-    """`detect_device` as a job of the sandbox, as JSON: the asking process needs no torch."""
-    del request, report
-    return detect_device().to_json()

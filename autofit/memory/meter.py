@@ -76,7 +76,7 @@ class CudaMeter(contextlib.AbstractContextManager["CudaMeter"]):
         self.context_bytes = 0
 
     def __enter__(self) -> CudaMeter:
-        self._others_bytes = _used_before_cuda()
+        self._others_bytes = _used_on_card()
         torch.cuda.init()
         torch.empty(1, device="cuda")
         self.measure_context()
@@ -120,8 +120,8 @@ class CudaMeter(contextlib.AbstractContextManager["CudaMeter"]):
 
     def measure_context(self) -> None:
         """What the driver sees beyond the allocator now: the context and the kernels loaded so far."""
-        free, total = torch.cuda.mem_get_info()
-        beyond = total - free - self._others_bytes - torch.cuda.memory_reserved()
+        # NVML before and after: what the driver keeps for itself is in both.
+        beyond = _used_on_card() - self._others_bytes - torch.cuda.memory_reserved()
         self.context_bytes = max(self.context_bytes, beyond)
 
     def synchronize(self) -> None:
@@ -136,7 +136,7 @@ def open_meter(device_type: str, cap_bytes: int | None) -> Meter:
     return CudaMeter(cap_bytes) if device_type == "cuda" else CpuMeter(cap_bytes)
 
 
-def _used_before_cuda() -> int:
-    """Bytes that others use on the card, by NVML, which makes no context itself."""
+def _used_on_card() -> int:
+    """Bytes in use on the card by anyone, by NVML, which makes no context itself."""
     with nvml_device() as (pynvml, handle):
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)

@@ -30,7 +30,6 @@ class FitReport:
 
     Attributes:
         winner: the measured trial of the chosen candidate.
-        num_checkpointable_layers: what `checkpointed_layers` is out of.
         seconds_estimated: how long the training will take, going by the trial's speed.
     """
 
@@ -40,7 +39,6 @@ class FitReport:
     winner: Trial
     given_up: tuple[GivenUp, ...]
     trials: tuple[Trial, ...]
-    num_checkpointable_layers: int
     num_examples: int
     data_fingerprint: str
     optimizer_steps: int

@@ -34,7 +34,6 @@ class ModelFacts(_Facts):
     checkpointable_layers: int
     max_positions: int | None
     quantized_bits: int | None = None
-    linear_layers: int = 0
     download_bytes: int = 0
 
 
@@ -48,7 +47,6 @@ class DataFacts(_Facts):
     trained_tokens: tuple[int, ...]
     dropped_examples: int = 0
     fingerprint: str = ""
-    num_eval_examples: int = 0
 
     def truncation_cost(self, max_seq_length: int) -> tuple[int, float]:
         """What cutting sequences to `max_seq_length` tokens deletes: (examples cut, share of trained tokens lost).

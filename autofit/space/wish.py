@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -20,11 +20,13 @@ def make_wish(
     dtype: str,
     global_batch_size: int,
     asked: Mapping[str, Any],
+    pins: Collection[str] = (),
 ) -> Candidate:
     """The wish for a model, data and budget. `asked` are a candidate's fields that the user set.
 
     16 bits if the 16-bit weights take at most half the budget, else 4; a checkpoint that is already quantized keeps
-    its bits. The whole global batch is one micro-batch of the data's longest sequence, up to the model's positions.
+    its bits. The whole global batch is one micro-batch of the data's longest sequence, up to the model's positions;
+    a length beyond the data's is only kept where it is pinned.
 
     Raises:
         UsageError: a value that the model or the budget rules out.
@@ -32,7 +34,7 @@ def make_wish(
     values = {k: v for k, v in asked.items() if v is not None}
     positions = model.max_positions or data.longest
     values.setdefault("dtype", dtype)
-    values.setdefault("max_seq_length", min(data.longest, positions))
+    values.setdefault("max_seq_length", positions)
     if values.setdefault("micro_batch_size", global_batch_size) > global_batch_size:
         raise UsageError(
             f"micro_batch_size {values['micro_batch_size']} is more than the {global_batch_size} sequences of a step; "
@@ -51,6 +53,8 @@ def make_wish(
         values.setdefault("quantization_bits", 16 if fits_in_half else 4)
     if values["max_seq_length"] > positions:
         raise UsageError(f"max_seq_length {values['max_seq_length']} is beyond the model's {positions} positions")
+    if "max_seq_length" not in pins:
+        values["max_seq_length"] = min(values["max_seq_length"], data.longest)
     if values.get("checkpointed_layers", 0) > model.checkpointable_layers:
         raise UsageError(
             f"checkpointed_layers {values['checkpointed_layers']}: "

@@ -63,9 +63,20 @@ def micro_batches(examples: Sequence[Example], token_budget: int, pad_token_id: 
         yield collate([examples[i] for i in group], pad_token_id)
 
 
-def worst_examples(token_budget: int, max_seq_length: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """The sequences of the costliest micro-batch: as many of the longest as the budget holds, every token trained."""
-    rows = max(1, token_budget // max_seq_length)
+def worst_micro_batches(token_budget: int, max_seq_length: int, vocabulary: int) -> list[MicroBatch]:
+    """The costliest micro-batches that a cut can make, every token trained.
+
+    As many of the longest sequences as the budget holds; and where that leaves some of it unused, the fewest equal
+    rows that fill it.
+    """
+    shapes = [(max(1, token_budget // max_seq_length), max_seq_length)]
+    if token_budget > max_seq_length and token_budget % max_seq_length:
+        rows = -(-token_budget // max_seq_length)
+        shapes.append((rows, token_budget // rows))
+    return [collate(_rows(rows, length, vocabulary), pad_token_id=0) for rows, length in shapes]
+
+
+def _rows(rows: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
     # Different tokens, for an architecture that routes by them.
-    ids = [[(row * 31 + column) % vocabulary for column in range(max_seq_length)] for row in range(rows)]
+    ids = [[(row * 31 + column) % vocabulary for column in range(length)] for row in range(rows)]
     return [{"input_ids": row, "labels": row} for row in ids]

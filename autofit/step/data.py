@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from autofit.errors import DataError
 from autofit.space.facts import DataFacts
+from autofit.step.batch import IGNORED
 from autofit.step.data_access import first_line, hub_error, is_hub_id
 from autofit.step.data_columns import find_format
 from autofit.step.data_files import Rows, held_out, read_path, rows_of_dataset
@@ -25,7 +26,6 @@ from autofit.step.tokenizer import ensure_chat_template
 from autofit.step.trl_prepare import prepare_with_trl, quiet_datasets
 
 COLUMNS = ["input_ids", "labels"]
-IGNORED = -100
 _BATCH = 1000
 
 
@@ -101,7 +101,7 @@ def prepare(raw: RawData, tokenizer: PreTrainedTokenizerBase, max_seq_length: in
     return PreparedData(dataset, data_facts(dataset, dropped_examples=raw.dropped_rows + untrained), tuple(notes))
 
 
-def data_facts(dataset: datasets.Dataset, dropped_examples: int = 0, num_eval_examples: int = 0) -> DataFacts:
+def data_facts(dataset: datasets.Dataset, dropped_examples: int = 0) -> DataFacts:
     """The facts of a prepared data set, which must not be empty.
 
     `trained_tokens` are each sequence's labels other than −100 at positions ≥ 1: what a loss on shifted labels sums
@@ -122,7 +122,6 @@ def data_facts(dataset: datasets.Dataset, dropped_examples: int = 0, num_eval_ex
         trained_tokens=tuple(trained),
         dropped_examples=dropped_examples,
         fingerprint=hashlib.sha256(b"".join(digest.digest() for digest in hashes)).hexdigest(),
-        num_eval_examples=num_eval_examples,
     )
 
 

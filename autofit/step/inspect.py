@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from autofit.errors import UsageError
 from autofit.space.facts import ModelFacts
 from autofit.space.source import ModelSource
@@ -37,7 +35,6 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         checkpointable_layers=len(checkpointable_layers(base)) if base.supports_gradient_checkpointing else 0,
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
         quantized_bits=_quantized_bits(getattr(config, "quantization_config", None)),
-        linear_layers=sum(isinstance(m, nn.Linear) for m in base.modules()),
         download_bytes=0 if Path(source.model).is_dir() or source.random_weights else 2 * parameters,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -67,8 +68,11 @@ def build_model(candidate: Candidate, source: ModelSource, policy: StepPolicy, l
     return model
 
 
-def quantization_config(candidate: Candidate) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings for a candidate: nf4 for 4 bits, LLM.int8 for 8, None for 16."""
+def quantization_config(candidate: Candidate, config: PreTrainedConfig) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings: a quantized checkpoint's own, else nf4 for 4 bits, LLM.int8 for 8, None for 16."""
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        return BitsAndBytesConfig.from_dict(own) if isinstance(own, dict) else own
     if candidate.quantization_bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -82,17 +86,26 @@ def quantization_config(candidate: Candidate) -> BitsAndBytesConfig | None:
 def load_base(
     config: PreTrainedConfig, candidate: Candidate, source: ModelSource, policy: StepPolicy
 ) -> PreTrainedModel:
-    """The pretrained base, read and quantized by transformers."""
+    """The pretrained base, read and quantized by transformers.
+
+    Raises:
+        UsageError: its files are missing or broken.
+        AccessError: the hub's model is gated, missing or out of reach.
+    """
     already = getattr(config, "quantization_config", None)
-    return AutoModelForCausalLM.from_pretrained(
-        source.model,
-        config=config,
-        dtype=getattr(torch, policy.weight_dtype),
-        attn_implementation=policy.attention,
-        quantization_config=None if already else quantization_config(candidate),
-        device_map={"": policy.device},
-        trust_remote_code=source.trust_remote_code,
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.model,
+            config=config,
+            dtype=getattr(torch, policy.weight_dtype),
+            attn_implementation=policy.attention,
+            quantization_config=None if already else quantization_config(candidate, config),
+            device_map={"": policy.device},
+            trust_remote_code=source.trust_remote_code,
+        )
+    except OSError as error:
+        access = hub_error("model", source.model, error)
+        raise access or UsageError(f"model {source.model}: {first_line(error)}") from error
 
 
 def empty_base(config: PreTrainedConfig, dtype: str, attention: str, trust_remote_code: bool = False) -> Any:
@@ -114,7 +127,7 @@ def random_base(
     Its memory and speed are those of the pretrained one: neither depends on the values.
     """
     base = empty_base(config, policy.weight_dtype, policy.attention, source.trust_remote_code)
-    settings = quantization_config(candidate)
+    settings = quantization_config(candidate, config)
     quantizer = AutoHfQuantizer.from_config(settings) if settings is not None else None
     if quantizer is not None:
         quantizer.preprocess_model(model=base, device_map={"": policy.device}, dtype=getattr(torch, candidate.dtype))
@@ -206,6 +219,8 @@ def add_lora(base: PreTrainedModel, candidate: Candidate, lora_alpha: int) -> Pe
         model = get_peft_model(base, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         raise UsageError(f"lora_targets {','.join(candidate.lora_targets)}: {first_line(error)}") from error
+    if candidate.loss == "chunked" and isinstance(base.get_output_embeddings(), BaseTunerLayer):
+        raise UsageError("lora_targets: the chunked loss would bypass an adapter on the output layer; use loss: full")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

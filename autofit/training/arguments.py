@@ -10,14 +10,17 @@ from transformers import TrainingArguments
 from autofit.training.request import Schedule
 
 
-def training_arguments(schedule: Schedule, output_dir: Path, device: str) -> TrainingArguments:
+def training_arguments(
+    schedule: Schedule, output_dir: Path, device: str, num_eval_examples: int = 0
+) -> TrainingArguments:
     """One Trainer batch is one global batch; no mixed precision, no checkpointing, no reporting of its own."""
     # accelerate would read this and wrap the model's forward in an autocast of its own.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     return TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=schedule.global_batch_size,
-        per_device_eval_batch_size=schedule.global_batch_size,
+        # All at once, and cut like any other batch: the Trainer would average the means of unequal batches.
+        per_device_eval_batch_size=max(1, num_eval_examples),
         gradient_accumulation_steps=1,
         num_train_epochs=schedule.num_train_epochs,
         max_steps=schedule.max_steps,

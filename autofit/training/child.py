@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -11,7 +12,6 @@ from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from autofit.memory.meter import Meter, open_meter
 from autofit.step.data import truncate
@@ -21,6 +21,7 @@ from autofit.step.step import build_step
 from autofit.step.tokenizer import pad_token_id
 from autofit.training.arguments import training_arguments
 from autofit.training.request import TrainingRequest
+from autofit.training.resume import last_step
 from autofit.training.trainer import StepTrainer
 from autofit.trial.phases import PhaseReport
 
@@ -50,12 +51,12 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
     data = {name: truncate(split, asked.candidate.max_seq_length) for name, split in _splits(asked.data_dir).items()}
     schedule = asked.schedule
     optimizer = build_optimizer(step.model, asked.candidate, policy, schedule.learning_rate, schedule.weight_decay)
-    record = RunRecord(output_dir, report)
+    record = RunRecord(output_dir, report, meter)
     trainer = StepTrainer(
         step,
         asked.candidate,
         pad_token_id(tokenizer),
-        training_arguments(schedule, output_dir, asked.device.type),
+        training_arguments(schedule, output_dir, asked.device.type, len(data["eval"]) if schedule.evaluate else 0),
         train_dataset=data["train"],
         eval_dataset=data["eval"] if schedule.evaluate else None,
         processing_class=tokenizer,
@@ -64,16 +65,16 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
     )
     signal.signal(signal.SIGTERM, lambda *_: record.stop())
     meter.reset_peak()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
+    steps, done = _run(trainer, record, output_dir)
     peaks = meter.peaks()
-    losses = record.losses()
     report("save")
-    if not record.stopping:
+    if done:
         step.model.save_pretrained(str(output_dir / "adapter"))
-        tokenizer.save_pretrained(str(output_dir / "adapter"))
+        tokenizer.save_pretrained(output_dir / "adapter")
+    losses = record.losses()
     return {
-        "interrupted": record.stopping,
-        "steps": trainer.state.global_step,
+        "interrupted": not done,
+        "steps": steps,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "peak_allocated_bytes": peaks.allocated_bytes,
@@ -86,13 +87,32 @@ def _splits(folder: str) -> dict[str, Dataset]:
     return {str(name): split for name, split in cast(DatasetDict, load_from_disk(folder)).items()}
 
 
-class RunRecord(TrainerCallback):
-    """Writes metrics.jsonl, tells the phase, and stops at a step's end when asked to."""
+def _run(trainer: StepTrainer, record: RunRecord, output_dir: Path) -> tuple[int, bool]:
+    """Trains from the newest whole checkpoint, if there is one; returns steps done and whether those are all."""
+    kept = last_step(output_dir)
+    record.forget_after(kept)
+    if kept:
+        checkpoint = output_dir / f"checkpoint-{kept}"
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            # The Trainer would look whether to stop only after one step more.
+            trainer._load_from_checkpoint(str(checkpoint))
+            return kept, True
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        trainer.train()
+    return trainer.state.global_step, trainer.state.global_step >= trainer.state.max_steps
 
-    def __init__(self, output_dir: Path, report: PhaseReport) -> None:
+
+class RunRecord(TrainerCallback):
+    """Writes metrics.jsonl, tells the phase, measures the context, and stops at a step's end when asked to."""
+
+    def __init__(self, output_dir: Path, report: PhaseReport, meter: Meter) -> None:
         self.file = output_dir / "metrics.jsonl"
         self.report: Callable[..., None] = report
+        self.meter = meter
         self.stopping = False
+        self.measured = False
         self.started = time.time()
 
     def stop(self) -> None:
@@ -101,10 +121,28 @@ class RunRecord(TrainerCallback):
 
     def losses(self) -> list[float]:
         """The loss of every step on record, those before a resume included."""
-        if not self.file.is_file():
-            return []
-        lines = (json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines())
-        return [line["loss"] for line in lines if "loss" in line]
+        return [line["loss"] for line in self._lines() if "loss" in line]
+
+    def forget_after(self, step: int) -> None:
+        """Drops what a process that was killed had recorded beyond the checkpoint that the run goes on from."""
+        kept = [json.dumps(line) + "\n" for line in self._lines() if line["step"] <= step]
+        if self.file.is_file():
+            self.file.write_text("".join(kept), encoding="utf-8")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = []
+        for text in self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else ():
+            with contextlib.suppress(ValueError):  # the last line, torn by a kill
+                lines.append(json.loads(text))
+        return lines
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # As in the trial: kernels are loaded by now, and no optimizer state is paged out yet.
+        if not self.measured:
+            self.meter.measure_context()
+            self.measured = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import DatasetDict
 
+from autofit.errors import UsageError
 from autofit.memory.device import detect_device
 from autofit.space.source import ModelSource
 from autofit.step.data import RawData, data_facts, load_data, prepare, split_eval
@@ -15,6 +16,8 @@ from autofit.step.default_model import save_default_model
 from autofit.step.inspect import inspect_model
 from autofit.step.tokenizer import LoadedTokenizer, byte_tokenizer, load_tokenizer
 from autofit.trial.phases import PhaseReport
+
+_WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
 def run_preparation(request: dict[str, Any], report: PhaseReport) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def run_preparation(request: dict[str, Any], report: PhaseReport) -> dict[str, A
     splits = DatasetDict({"train": train} if evaluation is None else {"train": train, "eval": evaluation})
     splits.save_to_disk(work / "data")
     loaded.tokenizer.save_pretrained(work / "tokenizer")
-    facts = data_facts(train, prepared.facts.dropped_examples, len(evaluation) if evaluation is not None else 0)
+    facts = data_facts(train, prepared.facts.dropped_examples)
     return {
         "source": asdict(source),
         "model": model.to_json(),
@@ -65,11 +68,14 @@ def _model(request: dict[str, Any], base: Path) -> tuple[ModelSource, LoadedToke
         tokenizer = byte_tokenizer()
         save_default_model(base, tokenizer, request["seed"])
         return ModelSource(model=str(base)), LoadedTokenizer(tokenizer, [])
+    folder = Path(request["model"]).expanduser()
     source = ModelSource(
-        model=request["model"],
+        model=str(folder.resolve()) if folder.is_dir() else request["model"],
         random_weights=request["random_weights"],
         trust_remote_code=request["trust_remote_code"],
     )
+    if folder.is_dir() and not source.random_weights and not any(p.name.endswith(_WEIGHTS) for p in folder.iterdir()):
+        raise UsageError(f"model {request['model']}: the folder has no weights; --random-weights makes some up")
     loaded = load_tokenizer(source.model, source.trust_remote_code, allow_byte_tokenizer=source.random_weights)
     if source.random_weights:
         loaded.notes.append("the base weights are random: this measures and exercises, it teaches nothing")

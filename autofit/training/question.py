@@ -53,7 +53,7 @@ def search_space(config: RunConfig, prepared: Prepared) -> tuple[SearchSpace, Me
     device = prepared.device
     budget = make_budget(config.gpu_mem, device)
     dtype = config.dtype or default_dtype(device)
-    wish = make_wish(prepared.model, prepared.data, budget, dtype, config.global_batch_size, config.asked)
+    wish = make_wish(prepared.model, prepared.data, budget, dtype, config.global_batch_size, config.asked, config.pin)
     check_pins(wish, frozenset(config.pin), prepared.model, budget)
     limits = Limits(
         global_batch_size=config.global_batch_size,

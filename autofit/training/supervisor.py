@@ -38,6 +38,8 @@ from autofit.trial.job import Job, Outcome
 from autofit.trial.result import TrialStatus
 from autofit.trial.sandbox import Sandbox
 
+# An interrupted training ends its step and saves; a second Ctrl-C ends it at once.
+_GRACE_SECONDS = 300.0
 PRELOAD = ("autofit.trial.child", "autofit.training.prepare", "autofit.training.child")
 
 
@@ -105,7 +107,6 @@ class Run:
             check_same_data(target, prepared.data)
             search_space(self.config, prepared)  # what the request itself rules out, before anything is written
             staging.publish()
-        self._write_request()
         for note in self.sandbox.notes:
             self.narrator.warn(note)
         for note in prepared.notes:
@@ -128,6 +129,7 @@ class Run:
         if outcome.winner is None:
             raise self._no_winner(outcome, space, budget, prepared.device)
         check_same_result(self.workspace.folder, outcome.winner.candidate)
+        self._write_request()
         report = self._report(prepared, space.wish, budget, outcome, outcome.winner)
         self.workspace.write_json("plan.json", report.to_json())
         self.workspace.event("chosen", **outcome.winner.candidate.to_json())
@@ -177,7 +179,6 @@ class Run:
             winner=winner,
             given_up=self._given_up(data, wish, winner.candidate),
             trials=outcome.trials,
-            num_checkpointable_layers=prepared.model.checkpointable_layers,
             num_examples=data.num_examples,
             data_fingerprint=data.fingerprint,
             optimizer_steps=steps,
@@ -269,6 +270,7 @@ class Run:
             folder=self._job_folder(where, name),
             deadline_seconds=None,
             env=child_environment(),
+            grace_seconds=_GRACE_SECONDS,
         )
         outcome = self.sandbox.run(job, poll)
         if outcome.result is None:

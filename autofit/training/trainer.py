@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,23 +73,15 @@ class StepTrainer(Trainer):
         """Logs as the Trainer does.
 
         Raises:
-            NonFiniteLoss: the loss is NaN or infinite.
+            NonFiniteLoss: the loss or the gradients' norm is NaN or infinite. Every step is logged before anything is
+                saved, so the last checkpoint is from before.
         """
-        loss = logs.get("loss")
-        if loss is not None and not _finite(loss):
-            raise NonFiniteLoss(f"the loss became {loss} at step {self.state.global_step}")
+        for name, what in (("loss", "loss"), ("grad_norm", "gradients' norm")):
+            value = logs.get(name)
+            if value is not None and not math.isfinite(value):
+                raise NonFiniteLoss(f"the {what} became {value} at step {self.state.global_step}")
         super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Between two logs the loss may have gone; a checkpoint of such weights must not replace a good one.
-        if not _finite(float(self._tr_loss)):
-            raise NonFiniteLoss(f"the loss became {float(self._tr_loss)} before step {self.state.global_step}")
-        super()._save_checkpoint(model, trial)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not counted: the stock count needs tensors that this loader does not yield."""
         return 0
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

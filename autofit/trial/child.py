@@ -11,7 +11,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from autofit.memory.meter import Meter, open_meter
-from autofit.step.batch import MicroBatch, collate, worst_examples
+from autofit.step.batch import MicroBatch, worst_micro_batches
 from autofit.step.model import checkpointable_layers
 from autofit.step.optimizer import build_optimizer
 from autofit.step.policy import resolve_policy
@@ -52,10 +52,11 @@ class _Trial:
     def run(self) -> TrialResult:
         candidate = self.request.candidate
         step = self._build()
-        batch = self._batch(step)
-        tokens_per_second = self._train(step, batch)
+        vocabulary = step.model.get_input_embeddings().num_embeddings
+        batches = worst_micro_batches(candidate.token_budget, candidate.max_seq_length, vocabulary)
+        tokens_per_second = self._train(step, batches)
         training = self.meter.peaks()
-        evaluation = self._measured("eval", lambda: step.evaluate(batch))
+        evaluation = self._measured("eval", lambda: [step.evaluate(batch) for batch in batches])
         with tempfile.TemporaryDirectory() as folder:
             saving = self._measured("save", lambda: step.model.save_pretrained(folder))
         largest = max(training.device_bytes, evaluation, saving)
@@ -72,7 +73,7 @@ class _Trial:
             device_bytes=largest,
             projected_bytes=None if fits else largest,
             tokens_per_second=tokens_per_second,
-            message="" if fits else f"ran, but {candidate.layout} steps take {largest} bytes as the driver sees it",
+            message="" if fits else f"ran, but took {largest} bytes with the CUDA context",
         )
 
     def _build(self) -> Step:
@@ -88,32 +89,35 @@ class _Trial:
         self.progress = _LayerProgress(step, self.meter)
         return step
 
-    def _batch(self, step: Step) -> MicroBatch:
-        candidate = self.request.candidate
-        vocabulary = step.model.get_input_embeddings().num_embeddings
-        examples = worst_examples(candidate.token_budget, candidate.max_seq_length, vocabulary)
-        return collate(examples, pad_token_id=0)
-
-    def _train(self, step: Step, batch: MicroBatch) -> float:
+    def _train(self, step: Step, batches: list[MicroBatch]) -> float:
+        """Two optimizer steps on each micro-batch; returns tokens/s of the first, once warm."""
         optimizer = build_optimizer(step.model, self.request.candidate, step.policy, learning_rate=1e-5)
-        normalizer = max(1, batch.targets.numel())
         self.meter.reset_peak()
+        # What the Trainer keeps of earlier steps: its running losses.
+        running = torch.zeros(8, dtype=torch.float64, device=step.policy.device)
+        seconds = [self._steps(step, optimizer, batch) for batch in batches]
+        del running
+        return batches[0].padded_tokens / seconds[0]
+
+    def _steps(self, step: Step, optimizer: torch.optim.Optimizer, batch: MicroBatch) -> float:
+        """Two optimizer steps, the second of two micro-batches where training accumulates; seconds of a warm one."""
         seconds = 0.0
         for count in (1, 2 if self.request.candidate.accumulates else 1):
+            normalizer = count * batch.targets.numel()
             # Timed on the second step: the first one warms allocator and kernels up.
             self.meter.synchronize()
             start = time.perf_counter()
-            step.micro_batch(batch, normalizer * count)
+            losses = [step.micro_batch(batch, normalizer)]
             self.meter.synchronize()
             seconds = time.perf_counter() - start
-            for _ in range(1, count):
-                step.micro_batch(batch, normalizer * count)
+            losses += [step.micro_batch(batch, normalizer) for _ in range(1, count)]
+            torch.stack(losses).sum()
             self.meter.measure_context()
             step.unscale(optimizer)
             self._enter("optimizer")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return batch.padded_tokens / seconds
+        return seconds
 
     def _measured(self, phase: str, what: Callable[[], object]) -> int:
         """Runs a phase; returns its peak as the driver sees it, in bytes."""

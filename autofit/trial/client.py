@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from autofit.errors import AutofitError
 from autofit.trial import processes
 from autofit.trial.job import Ended, Job
 
@@ -27,7 +28,7 @@ ENDING_SECONDS = 15.0
 Poll = Callable[[], None]
 
 
-class ServerDied(Exception):
+class ServerDied(AutofitError):
     """The server is no more; the text says how it ended."""
 
 

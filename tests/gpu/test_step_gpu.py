@@ -8,7 +8,7 @@ from autofit.search.runner import SandboxRunner
 from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
 from autofit.space.source import ModelSource
-from autofit.step.batch import collate, trained_tokens, worst_examples
+from autofit.step.batch import worst_micro_batches
 from autofit.step.optimizer import build_optimizer
 from autofit.step.policy import resolve_policy
 from autofit.step.step import build_step
@@ -17,7 +17,8 @@ from autofit.trial.result import TrialStatus
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
 CANDIDATE = Candidate(micro_batch_size=4, max_seq_length=256)
-EXAMPLES = worst_examples(4 * 256, 256, 250)
+(BATCH,) = worst_micro_batches(4 * 256, 256, 250)
+TRAINED = BATCH.targets.numel()
 
 
 def gradients(source, candidate):
@@ -25,7 +26,7 @@ def gradients(source, candidate):
     for name, parameter in step.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator("cuda").manual_seed(0))
-    loss = step.accumulate([collate(EXAMPLES, 0)], trained_tokens(EXAMPLES))
+    loss = step.accumulate([BATCH], TRAINED)
     return loss, torch.cat([p.grad.flatten() for p in step.model.parameters() if p.requires_grad])
 
 
@@ -68,7 +69,7 @@ def test_every_optimizer_trains(tiny_source, optimizer, dtype):
     made = build_optimizer(step.model, candidate, step.policy, 1e-2)
     losses = []
     for _ in range(8):
-        losses.append(step.accumulate([collate(EXAMPLES, 0)], trained_tokens(EXAMPLES)).item())
+        losses.append(step.accumulate([BATCH], TRAINED).item())
         step.unscale(made)
         made.step()
         made.zero_grad()

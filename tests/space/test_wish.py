@@ -47,6 +47,14 @@ def test_what_the_user_set_is_the_wish():
     assert (candidate.micro_batch_size, candidate.lora_rank, candidate.max_seq_length) == (2, 64, 1024)
 
 
+def test_a_length_beyond_the_datas_is_only_kept_where_it_is_pinned():
+    short = DataFacts(num_examples=1, longest=300, lengths=(300,), trained_tokens=(9,))
+    budget = MemoryBudget(total_bytes=24 * 10**9)
+    asked = {"max_seq_length": 2048}
+    assert make_wish(EIGHT_B, short, budget, "bfloat16", 16, asked).max_seq_length == 300
+    assert make_wish(EIGHT_B, short, budget, "bfloat16", 16, asked, {"max_seq_length": 1}).max_seq_length == 2048
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [({"max_seq_length": 9000}, "8192 positions"), ({"checkpointed_layers": 33}, "32 layers")],

@@ -4,14 +4,14 @@ import gc
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autofit.errors import UsageError
 from autofit.memory.ledger import Ledger
 from autofit.space.candidate import Candidate
 from autofit.space.source import ModelSource
-from autofit.step.batch import collate, worst_examples
+from autofit.step.batch import worst_micro_batches
 from autofit.step.model import build_model, checkpointable_layers, load_base, load_config
 from autofit.step.optimizer import build_optimizer
 from autofit.step.policy import resolve_policy
@@ -25,7 +25,7 @@ def peak(candidate, source):
     """Bytes of two optimizer steps, by the ledger."""
     step = build_step(candidate, source, resolve_policy(candidate, CPU), lora_alpha=32, seed=0)
     optimizer = build_optimizer(step.model, candidate, step.policy, 1e-3)
-    batch = collate(worst_examples(candidate.token_budget, candidate.max_seq_length, 256), 0)
+    (batch,) = worst_micro_batches(candidate.token_budget, candidate.max_seq_length, 256)
     ledger = Ledger()
     ledger.hold([*step.model.parameters(), *step.model.buffers()])
     static = ledger.live_bytes
@@ -113,12 +113,36 @@ def test_more_checkpointing_less_memory_same_gradients(tiny_source):
         candidate = PLAIN.replace(checkpointed_layers=n, micro_batch_size=8, max_seq_length=64)
         needs.append(peak(candidate, tiny_source)[1])
         step = build_step(candidate, tiny_source, resolve_policy(candidate, CPU), lora_alpha=32, seed=0)
-        step.accumulate([collate(worst_examples(64, 32, 256), 0)], 64)
+        step.accumulate(worst_micro_batches(64, 32, 256), 64)
         gradients.append(torch.cat([p.grad.flatten() for p in step.model.parameters() if p.requires_grad]))
     assert needs == sorted(needs, reverse=True)
     assert len(set(needs)) == 3
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
+
+
+def test_a_quantized_checkpoint_is_built_by_its_own_settings(tiny_model, tmp_path):
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["o_proj"])
+    saved = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=settings)
+    saved.save_pretrained(tmp_path)
+    candidate = PLAIN.replace(quantization_bits=4)
+    sizes = []
+    for random_weights in (False, True):
+        source = ModelSource(model=str(tmp_path), random_weights=random_weights)
+        model = build_model(candidate, source, resolve_policy(candidate, CPU), lora_alpha=32, seed=0)
+        layer = model.base_model.model.model.layers[0]
+        assert type(layer.self_attn.o_proj.base_layer).__name__ == "Linear"
+        assert layer.mlp.up_proj.base_layer.weight.quant_type == "fp4"
+        sizes.append(sum(p.numel() * p.element_size() for p in model.parameters()))
+    assert sizes[0] == sizes[1]
+
+
+def test_an_adapter_on_the_output_layer_is_refused_where_the_loss_would_pass_it_by(tiny_source):
+    candidate = Candidate(micro_batch_size=1, max_seq_length=8, dtype="float32", lora_targets=("lm_head", "q_proj"))
+    with pytest.raises(UsageError, match="loss: full"):
+        build_model(candidate, tiny_source, resolve_policy(candidate, CPU), lora_alpha=32, seed=0)
+    full = candidate.replace(loss="full")
+    build_model(full, tiny_source, resolve_policy(full, CPU), lora_alpha=32, seed=0)
 
 
 def test_targets_that_do_not_exist_are_named(tiny_source):

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autofit.space.candidate import Candidate
+from autofit.space.cut import cut
 from autofit.space.facts import DeviceFacts
-from autofit.step.batch import IGNORED, collate, micro_batches, trained_tokens, worst_examples
+from autofit.step.batch import IGNORED, collate, micro_batches, trained_tokens, worst_micro_batches
 from autofit.step.policy import StepPolicy, default_dtype, resolve_policy
 from autofit.step.step import build_step
 from tests.conftest import CPU
@@ -92,12 +93,26 @@ def test_a_micro_batch_without_trained_tokens_adds_nothing(step):
     assert not grads.any()
 
 
-def test_the_costliest_micro_batch_fills_the_budget():
-    rows = worst_examples(token_budget=100, max_seq_length=30, vocabulary=50)
-    assert [len(r["input_ids"]) for r in rows] == [30, 30, 30]
-    assert trained_tokens(rows) == 3 * 29
-    assert len(worst_examples(token_budget=20, max_seq_length=30, vocabulary=50)) == 1  # runs alone
-    assert max(max(r["input_ids"]) for r in rows) < 50
+def test_the_costliest_micro_batches_fill_the_budget_and_have_the_longest_length():
+    def shapes(budget, longest):
+        return [tuple(b.input_ids.shape) for b in worst_micro_batches(budget, longest, vocabulary=50)]
+
+    assert shapes(90, 30) == [(3, 30)]
+    assert shapes(20, 30) == [(1, 30)]  # runs alone
+    assert shapes(100, 60) == [(1, 60), (2, 50)]
+    (batch,) = worst_micro_batches(90, 30, vocabulary=50)
+    assert batch.targets.numel() == 3 * 29
+    assert batch.input_ids.max() < 50
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), budget=st.integers(1, 400))
+def test_no_cut_makes_a_costlier_one(lengths, budget):
+    longest = max(lengths)
+    worst = [b.input_ids.shape for b in worst_micro_batches(budget, longest, vocabulary=50)]
+    for group in cut(lengths, budget):
+        tokens = len(group) * lengths[group[0]]
+        # Within a row of the fullest: equal rows cannot always fill the budget to the last token.
+        assert tokens <= max(r * n + max(r - 1, 0) for r, n in worst)
 
 
 @pytest.mark.parametrize(

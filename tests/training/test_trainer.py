@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from autofit.memory.meter import open_meter
 from autofit.space.candidate import Candidate
 from autofit.step.batch import collate, trained_tokens
 from autofit.step.model import build_model
@@ -13,7 +14,7 @@ from autofit.step.optimizer import build_optimizer
 from autofit.step.policy import resolve_policy
 from autofit.step.step import build_step
 from autofit.training.arguments import training_arguments
-from autofit.training.child import RunRecord
+from autofit.training.child import RunRecord, _run
 from autofit.training.request import Schedule
 from autofit.training.trainer import NonFiniteLoss, StepTrainer
 from autofit.trial.phases import PhaseReport
@@ -51,14 +52,14 @@ def trainer(source, folder, candidate=CANDIDATE, **changes):
     policy = resolve_policy(candidate, CPU)
     step = build_step(candidate, source, policy, lora_alpha=32, seed=3)
     plan = schedule(**changes)
-    record = RunRecord(folder, PhaseReport())
+    record = RunRecord(folder, PhaseReport(), open_meter("cpu", None))
     made = StepTrainer(
         step,
         candidate,
         0,
-        training_arguments(plan, folder, "cpu"),
+        training_arguments(plan, folder, "cpu", num_eval_examples=20),
         train_dataset=dataset(),
-        eval_dataset=dataset(8) if plan.evaluate else None,
+        eval_dataset=dataset(20) if plan.evaluate else None,
         optimizers=(build_optimizer(step.model, candidate, policy, plan.learning_rate), None),
         callbacks=[record],
     )
@@ -132,8 +133,8 @@ def test_the_loss_falls_and_every_step_is_on_record(tiny_source, tmp_path):
 
 def test_evaluation_is_the_mean_loss_of_the_same_step(tiny_source, tmp_path):
     made, _ = trainer(tiny_source, tmp_path, CANDIDATE.replace(micro_batch_size=2), evaluate=True)
-    rows = list(dataset(8))
-    metrics = made.evaluate(dataset(8))
+    rows = list(dataset(20))
+    metrics = made.evaluate()
     whole = float(made.step.evaluate(collate(rows, 0))) / trained_tokens(rows)
     assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-5)
 
@@ -168,3 +169,69 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with pytest.raises(NonFiniteLoss, match="step 3"):
         made.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(tiny_source, tmp_path):
+    made, _ = trainer(tiny_source, tmp_path, save_steps=1)
+    accumulate = made.step.accumulate
+
+    def poisoned(batches, normalizer):
+        loss = accumulate(batches, normalizer)
+        if made.state.global_step == 2:
+            next(p for p in made.model.parameters() if p.grad is not None).grad[0, 0] = float("nan")
+        return loss
+
+    made.step.accumulate = poisoned
+    with pytest.raises(NonFiniteLoss, match="norm became nan at step 3"):
+        made.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_run_whose_last_checkpoint_is_complete_trains_no_step_more(tiny_source, tmp_path):
+    made, record = trainer(tiny_source, tmp_path, save_steps=2)
+    assert _run(made, record, tmp_path) == (4, True)
+    end = adapters(made.model)
+    again, record = trainer(tiny_source, tmp_path, save_steps=2)
+    assert _run(again, record, tmp_path) == (4, True)
+    assert all(torch.equal(p, end[name]) for name, p in adapters(again.model).items())
+    assert len(losses(tmp_path)) == 4
+
+
+def test_a_torn_checkpoint_is_passed_over_and_its_steps_are_taken_again(tiny_source, tmp_path):
+    undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
+    undisturbed.train()
+    killed, record = trainer(tiny_source, tmp_path / "killed", save_steps=1)
+    killed.step.report = lambda phase: record.stop() if killed.state.global_step == 2 else None
+    assert _run(killed, record, tmp_path / "killed") == (3, False)
+    (tmp_path / "killed" / "checkpoint-3" / "trainer_state.json").write_text('{"torn')
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    resumed, record = trainer(tiny_source, tmp_path / "killed")
+    assert _run(resumed, record, tmp_path / "killed") == (4, True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
+    for name, parameter in adapters(undisturbed.model).items():
+        assert torch.equal(parameter, adapters(resumed.model)[name])
+
+
+def test_training_on_nothing_but_the_longest_stays_within_its_trial(tiny_source, tmp_path):
+    from autofit.trial.child import run_trial
+    from autofit.trial.request import TrialRequest
+
+    candidate = CANDIDATE.replace(micro_batch_size=3, accumulates=True)
+    request = TrialRequest(
+        candidate=candidate,
+        source=tiny_source,
+        device=CPU,
+        cap_bytes=10**9,
+        budget_bytes=10**9,
+        lora_alpha=32,
+        seed=3,
+    )
+    worst = run_trial(request.to_json(), PhaseReport())["device_bytes"]
+    with open_meter("cpu", worst) as meter:
+        made, _ = trainer(tiny_source, tmp_path, candidate)
+        made.train_dataset = Dataset.from_dict({"input_ids": [list(range(64))] * 40, "labels": [list(range(64))] * 40})
+        meter.hold([*made.model.parameters(), *made.model.buffers()])
+        made.train()
+    assert made.state.global_step == 4
+    assert meter.peaks().device_bytes > 0.9 * worst

@@ -92,8 +92,10 @@ def interrupted(tmp_path):
     space = Workspace(tmp_path)
     space.write_yaml("resolved.yaml", json.loads(RunConfig().model_dump_json(exclude={"output_dir"})))
     space.write_json("plan.json", {"chosen": CANDIDATE.to_json(), "data_fingerprint": "a"})
-    (tmp_path / "checkpoint-7").mkdir()
-    (tmp_path / "checkpoint-nonsense").mkdir()
+    for name in ("checkpoint-7", "checkpoint-9", "checkpoint-nonsense"):
+        (tmp_path / name).mkdir()
+    for name in ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors"):
+        (tmp_path / "checkpoint-7" / name).write_text("{}")
     return tmp_path
 
 
@@ -112,7 +114,7 @@ def test_only_the_same_run_goes_on(interrupted):
 
 
 def test_before_the_first_checkpoint_everything_may_change(interrupted):
-    (interrupted / "checkpoint-7").rmdir()
+    (interrupted / "checkpoint-7" / "optimizer.pt").unlink()
     check_same_config(interrupted, RunConfig(seed=1))
     check_same_result(interrupted, CANDIDATE.replace(lora_rank=8))
 
