@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from autofit.errors import UsageError
 from autofit.space.facts import ModelFacts
 from autofit.space.source import ModelSource
@@ -35,8 +37,16 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         checkpointable_layers=len(checkpointable_layers(base)) if base.supports_gradient_checkpointing else 0,
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
         quantized_bits=_quantized_bits(getattr(config, "quantization_config", None)),
-        download_bytes=0 if Path(source.model).is_dir() or source.random_weights else 2 * parameters,
+        download_bytes=0 if source.random_weights or _is_here(source.model) else 2 * parameters,
     )
+
+
+def _is_here(model: str) -> bool:
+    """Whether the weights are on disk: a folder, or already in the hub's cache."""
+    if Path(model).is_dir():
+        return True
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
 
 
 def _quantized_bits(settings: Any) -> int | None:

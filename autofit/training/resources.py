@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,25 @@ _BYTES_PER_TRAINED_PARAMETER = 12
 _LARGEST_SHARD = 5 * 10**9
 
 
-def needed_disk_bytes(model: ModelFacts, trainable_parameters: int) -> int:
-    """Download, checkpoints and the adapter itself, in bytes."""
-    checkpoints = _CHECKPOINTS * _BYTES_PER_TRAINED_PARAMETER * trainable_parameters
-    return model.download_bytes + checkpoints + 4 * trainable_parameters
+def checkpoint_bytes(trainable_parameters: int) -> int:
+    """Checkpoints and the adapter itself."""
+    return (_CHECKPOINTS * _BYTES_PER_TRAINED_PARAMETER + 4) * trainable_parameters
+
+
+def hub_cache() -> Path:
+    """Where the hub's client keeps what it downloads, as its documentation says."""
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
+
+
+def _check_disk(folder: Path, needed: int, what: str, instead: str) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise AutofitError(
+            f"{folder}: {what} need {format_bytes(needed)} of disk, {format_bytes(free)} are free; "
+            f"free some or {instead}"
+        )
 
 
 def needed_host_bytes(model: ModelFacts, candidate: Candidate, device: DeviceFacts) -> int:
@@ -38,12 +54,8 @@ def check_resources(
     Raises:
         AutofitError: too little free disk at `folder`, or too little host memory; says how much is missing.
     """
-    disk, free = needed_disk_bytes(model, trainable_parameters), shutil.disk_usage(folder).free
-    if disk > free:
-        raise AutofitError(
-            f"{folder}: download and checkpoints need {format_bytes(disk)} of disk, {format_bytes(free)} are free; "
-            "free some or name another --output-dir"
-        )
+    _check_disk(folder, checkpoint_bytes(trainable_parameters), "checkpoints", "name another --output-dir")
+    _check_disk(hub_cache(), model.download_bytes, "the model's download", "point HF_HOME elsewhere")
     host, available = needed_host_bytes(model, candidate, device), psutil.virtual_memory().available
     if host > available:
         raise AutofitError(

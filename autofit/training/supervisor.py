@@ -69,8 +69,9 @@ def execute(config: RunConfig, narrator: Narrator, sandbox: Sandbox) -> RunSumma
     run = Run(config, narrator, workspace, sandbox)
     try:
         prepared = run.prepare()
-        report = run.fit(prepared)
-        training = run.train(prepared, report)
+        with workspace.alone():
+            report = run.fit(prepared)
+            training = run.train(prepared, report)
     except KeyboardInterrupt:
         if workspace.folder.is_dir():
             narrator.say(f"to go on: the same command with --output-dir {workspace.folder}")

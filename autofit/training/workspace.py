@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,25 @@ class Workspace:
     def finished(self) -> bool:
         """Whether the run has come to its end; the model card is written last."""
         return (self.folder / "README.md").is_file()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from this folder, where the platform can.
+
+        Raises:
+            UsageError: another one has it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / "lock").open("w") as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # Windows
+                pass
+            except OSError as error:
+                raise UsageError(f"output-dir {self.folder}: another autofit is running in it") from error
+            yield
 
     def event(self, name: str, **details: Any) -> None:
         """Appends a line to events.jsonl."""

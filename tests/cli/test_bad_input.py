@@ -102,6 +102,7 @@ def test_a_wrong_file_is_named(autofit, tmp_path, text, says):
         ({}, ["--model", "no-such/model"], 4, "no-such/model"),
         ({"m/readme": ""}, ["--model", "m"], 2, "m"),
         ({}, ["--data", "rows.jsonl"], 4, "rows.jsonl"),
+        ({"m/config.json": '{"model_type": "llama"}'}, ["--model", "m"], 2, "no weights; --random-weights"),
         ({"d.jsonl": ""}, ["--data", "d.jsonl"], 4, "d.jsonl is empty"),
         ({"d.jsonl": '{"text": ""}\n'}, ["--data", "d.jsonl"], 4, "none of its 1 rows"),
         ({"d.jsonl": '{"a": 1}\n'}, ["--data", "d.jsonl"], 4, "messages"),

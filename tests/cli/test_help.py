@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy():
@@ -19,13 +20,10 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "autofit", "--help"], check=True, capture_output=True)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0  # 0.3 s on an idle machine; torch alone takes longer than this
+    assert min(seconds) < 0.5
 
 
-def test_the_public_names_are_these():
-    import autofit
-
-    assert {name for name in vars(autofit) if not name.startswith("_")} - {
-        *("space", "errors", "cli", "config", "search", "trial", "training", "step", "memory", "report")
-    } == set()
-    assert autofit.__version__
+def test_the_public_surface_is_the_version_and_the_command():
+    code = "import autofit; print(sorted(n for n in vars(autofit) if not n.startswith('__')), autofit.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["[]", metadata.version("autofit-qlora")]

@@ -76,6 +76,28 @@ def test_json_prints_one_document_and_the_adapter_loads(tiny_model, data, tmp_pa
     assert "finished run" in again.stderr
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_run_fits_a_tight_budget_on_nothing_but_the_longest(tiny_model, tmp_path, share):
+    data = tmp_path / "long.jsonl"
+    data.write_text((json.dumps({"text": "x" * 99}) + "\n") * 40)
+
+    def run(folder, *flags):
+        command = [*RUN, "--model", tiny_model, "--data", data, "--max-steps", "3", "--output-dir", tmp_path / folder]
+        done = subprocess.run(list(map(str, [*command, *flags])), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        plan = json.loads((tmp_path / folder / "plan.json").read_text())
+        events = [json.loads(line) for line in (tmp_path / folder / "events.jsonl").read_text().splitlines()]
+        return plan, events[-1]
+
+    plan, _ = run("roomy")
+    budget = int(plan["measured"]["device_bytes"] * share)
+    plan, end = run("tight", "--gpu-mem", f"{budget}B")
+    assert plan["measured"]["device_bytes"] <= budget
+    assert end["event"] == "training_end"
+    assert 0.9 * plan["measured"]["device_bytes"] < end["device_bytes"] <= budget
+    assert any(trial["status"] == "OOM" for trial in plan["trials"]) == (share < 1)
+
+
 def test_the_embedded_default_trains_on_real_text_and_keeps_its_base(tmp_path):
     command = [*RUN, "--gpu-mem", "24GB", "--pin", "max_seq_length=160", "--max-steps", "8", "--output-dir", "run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

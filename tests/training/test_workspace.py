@@ -8,7 +8,7 @@ from autofit.space.candidate import Candidate
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.training import workspace
 from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
-from autofit.training.resources import check_resources, needed_disk_bytes
+from autofit.training.resources import check_resources, checkpoint_bytes, hub_cache
 from autofit.training.resume import check_same_config, check_same_data, check_same_result, last_step
 from autofit.training.workspace import Staging, Workspace, choose_folder, other_autofit
 
@@ -52,6 +52,13 @@ def test_folders_that_are_no_place_for_a_run(tmp_path):
         choose_folder(str(tmp_path))
 
 
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    with Workspace(tmp_path).alone(), pytest.raises(UsageError, match="another autofit"), Workspace(tmp_path).alone():
+        pass
+    with Workspace(tmp_path).alone():
+        assert (tmp_path / "work" / "lock").is_file()
+
+
 def test_the_other_project_of_that_name_is_noticed(tmp_path, monkeypatch):
     assert not other_autofit()
     info = tmp_path / "autofit-2024.1.dist-info"
@@ -75,12 +82,18 @@ def test_how_long_it_takes_and_how_that_is_said():
     ]
 
 
-def test_too_little_disk_or_host_memory_is_refused_before_training(tmp_path):
+def test_too_little_disk_or_host_memory_is_refused_before_training(tmp_path, monkeypatch):
     cpu = DeviceFacts(type="cpu", name="cpu", total_bytes=2**33)
     check_resources(tmp_path, MODEL, CANDIDATE, cpu, 10**5)
-    assert needed_disk_bytes(MODEL, 10**5) == 3 * 12 * 10**5 + 4 * 10**5
-    with pytest.raises(AutofitError, match="of disk"):
+    assert checkpoint_bytes(10**5) == 3 * 12 * 10**5 + 4 * 10**5
+    with pytest.raises(AutofitError, match=r"checkpoints need .* of disk"):
         check_resources(tmp_path, MODEL, CANDIDATE, cpu, 10**15)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    assert hub_cache() == tmp_path / "cache" / "hub"
+    far = ModelFacts.from_json({**MODEL.to_json(), "download_bytes": 10**16})
+    with pytest.raises(AutofitError, match=r"cache/hub: the model's download need .* of disk"):
+        check_resources(tmp_path, far, CANDIDATE, cpu, 10**5)
     huge = ModelFacts.from_json({**MODEL.to_json(), "weight_bytes_16bit": 10**15})
     with pytest.raises(AutofitError, match="host memory"):
         check_resources(tmp_path, huge, CANDIDATE, cpu, 10**5)
