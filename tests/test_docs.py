@@ -246,7 +246,7 @@ def test_contributing_names_every_package():
 
 def test_contributing_has_the_import_arrows_of_the_contract():
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = [layer.removeprefix("autofit.") for c in contracts for layer in c.get("layers", ())]
+    layers = [layer.replace("autofit.", "") for c in contracts for layer in c.get("layers", ())]
     assert f"    {' → '.join(layers)}\n" in CONTRIBUTING
 
 
