@@ -34,17 +34,17 @@ class RunConfig(BaseModel):
     random_weights: bool = False
     trust_remote_code: bool = False
 
-    micro_batch_size: int | None = Field(None, ge=1)
-    tokens_per_micro_batch: int | None = Field(None, ge=1)
-    max_seq_length: int | None = Field(None, ge=8)
-    checkpointed_layers: int | None = Field(None, ge=0)
+    micro_batch_size: int | None = Field(None, ge=1, le=2**16, strict=True)
+    tokens_per_micro_batch: int | None = Field(None, ge=1, strict=True)
+    max_seq_length: int | None = Field(None, ge=8, le=2**24, strict=True)
+    checkpointed_layers: int | None = Field(None, ge=0, strict=True)
     offload_activations: Literal["none", "checkpoints", "all"] | None = None
     quantization_bits: Literal[16, 8, 4] | None = None
     double_quant: bool = True
-    lora_rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
+    lora_rank: int = Field(16, ge=1, le=2**16, strict=True)
+    lora_alpha: int = Field(32, ge=1, le=2**20, strict=True)
     lora_targets: tuple[str, ...] = ("all-linear",)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False)
     optimizer: Literal["adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"] | None = None
     loss: Literal["chunked", "full"] = "chunked"
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -54,19 +54,19 @@ class RunConfig(BaseModel):
     pin: dict[str, Any] = Field(default_factory=dict)
     min: dict[str, int] = Field(default_factory=dict)
     allow: tuple[str, ...] = LOSSY
-    trial_timeout: float = Field(600.0, gt=0)
+    trial_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
 
-    global_batch_size: int = Field(16, ge=1)
-    num_train_epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
+    global_batch_size: int = Field(16, ge=1, le=2**16, strict=True)
+    num_train_epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
+    max_steps: int | None = Field(None, ge=1, strict=True)
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
-    save_steps: int = Field(200, ge=1)
-    eval_fraction: float = Field(0.0, ge=0, lt=1)
-    seed: int = Field(42, ge=0)
+    warmup_steps: int = Field(0, ge=0, strict=True)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
+    save_steps: int = Field(200, ge=1, strict=True)
+    eval_fraction: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False)
+    seed: int = Field(42, ge=0, le=2**32 - 1, strict=True)
 
     @field_validator("gpu_mem", mode="before")
     @classmethod
@@ -136,7 +136,8 @@ def load_run_config(path: str | None, flags: Mapping[str, Any]) -> RunConfig:
     for name, value in flags.items():
         if value is None:
             continue
-        values[name] = {**values.get(name, {}), **value} if isinstance(value, Mapping) else value
+        given = values.get(name)
+        values[name] = {**given, **value} if isinstance(value, Mapping) and isinstance(given, Mapping) else value
     if values.get("model") is None and values.get("data") is None:
         values = {**EMBEDDED_PRESET, **values}
     where = f"{path}: " if path else ""
@@ -172,10 +173,13 @@ def _read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UsageError(f"config file {path} must hold key: value pairs")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    # `key:` with nothing behind it is a key that was not given.
+    return {str(key).replace("-", "_"): value for key, value in values.items() if value is not None}
 
 
 def _listed(value: object) -> list[Any]:
+    if value is False:  # YAML's reading of `no`
+        return []
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     if isinstance(value, (list, tuple)):

@@ -54,7 +54,8 @@ def main() -> None:
             # Whoever read our output is gone; Python would complain once more while flushing.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            print(f"autofit: {error.strerror or error}: {error.filename or 'no file named'}", file=sys.stderr)
+            where = f": {error.filename}" if error.filename else ""
+            print(f"autofit: {error.strerror or error}{where}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from autofit.errors import UsageError
+from autofit.space.ladder import check_knob
 
 
 def run(
@@ -54,12 +55,16 @@ def run(
         "random_weights": random_weights,
     }
     resolved = load_run_config(config, flags)
-    with Terminal(quiet_stdout=json_output) as terminal, Sandbox(preload=PRELOAD) as sandbox:
-        if other_autofit():
-            terminal.warn("another project's package `autofit` is installed beside this one (autofit-qlora): remove it")
-        summary = execute(resolved, terminal, sandbox)
-        write_reports(summary)
-        terminal.finished(summary)
+    try:
+        with Terminal(quiet_stdout=json_output) as terminal, Sandbox(preload=PRELOAD) as sandbox:
+            if other_autofit():
+                terminal.warn("another project's package `autofit` is installed beside autofit-qlora: remove it")
+            summary = execute(resolved, terminal, sandbox)
+            write_reports(summary)
+            terminal.finished(summary)
+    except KeyboardInterrupt:
+        typer.echo("autofit: interrupted", err=True)
+        raise typer.Exit(130) from None
     if json_output:
         import json
 
@@ -79,7 +84,11 @@ def _pairs(texts: list[str] | None, flag: str) -> dict[str, Any] | None:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise UsageError(f"{flag} {text!r}: write knob=value, like lora_rank=64")
-        if name.strip() in pairs:
-            raise UsageError(f"{flag} {name.strip()} is given twice")
-        pairs[name.strip()] = int(value) if value.strip().lstrip("-").isdigit() else value.strip()
+        knob = check_knob(name.strip())
+        if knob in pairs:
+            raise UsageError(f"{flag} {knob} is given twice")
+        try:
+            pairs[knob] = int(value)
+        except ValueError:
+            pairs[knob] = value.strip()
     return pairs

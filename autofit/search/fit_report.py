@@ -91,6 +91,7 @@ def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryB
     need = outcome.nearest_miss_bytes
     seen = (nearest.result.peak_allocated_bytes or 0) + (nearest.result.requested_bytes or 0)
     least = max(budget.total_bytes, seen)
+    need = max(need, least) if need else None
     needs = f"about {format_bytes(need)}" if need else f"more than {format_bytes(least)}"
     text = (
         f"nothing fits {format_bytes(budget.total_bytes)}; the nearest miss (micro-batch {c.micro_batch_size}, length "

@@ -10,7 +10,7 @@ from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
-from autofit.trial.classify import classify
+from autofit.trial.classify import classify, own_error
 from autofit.trial.environment import child_environment
 from autofit.trial.job import Job, Outcome
 from autofit.trial.request import TrialRequest
@@ -34,7 +34,11 @@ class SandboxRunner:
     deadline_seconds: float
 
     def run(self, candidate: Candidate) -> TrialResult:
-        """One trial. Whatever happens in the child comes back as a value."""
+        """One trial. Whatever happens in the child comes back as a value.
+
+        Raises:
+            AutofitError: the candidate cannot be built at all; no other trial would say anything else.
+        """
         request = TrialRequest(
             candidate=candidate,
             source=self.source,
@@ -51,7 +55,11 @@ class SandboxRunner:
             deadline_seconds=self.deadline_seconds,
             env=child_environment(),
         )
-        return trial_result(self.sandbox.run(job))
+        outcome = self.sandbox.run(job)
+        error = own_error(outcome)
+        if error is not None:
+            raise error
+        return trial_result(outcome)
 
     def _new_folder(self) -> Path:
         """The next number; an earlier start of the same run may have left some."""

@@ -33,6 +33,7 @@ class ModelFacts(_Facts):
     weight_bytes_16bit: int
     checkpointable_layers: int
     max_positions: int | None
+    attention: str = "sdpa"
     quantized_bits: int | None = None
     download_bytes: int = 0
 

@@ -30,6 +30,8 @@ def parse_bytes(text: str) -> int:
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise UsageError(f"{text!r} is not a size in bytes; write it like 24GB, 24GiB, 24576MiB or 123456B")
+    if len(match[1]) > 20:
+        raise UsageError(f"{text[:20]!r}… is no size that any device has")
     size = round(float(match[1]) * factor)
     if size <= 0:
         raise UsageError(f"{text!r} is not a size above zero")

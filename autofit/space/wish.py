@@ -34,6 +34,7 @@ def make_wish(
     values = {k: v for k, v in asked.items() if v is not None}
     positions = model.max_positions or data.longest
     values.setdefault("dtype", dtype)
+    values["attention"] = model.attention
     values.setdefault("max_seq_length", positions)
     if values.setdefault("micro_batch_size", global_batch_size) > global_batch_size:
         raise UsageError(

@@ -135,6 +135,8 @@ def _parse_jsonl(file: Path, text: str) -> Rows:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+        except RecursionError as error:
+            raise DataError(f"{file}:{number}: nested too deeply") from error
         if not isinstance(record, dict):
             raise DataError(f"{file}:{number}: a line must be a JSON object, this one is a {_json_type(record)}")
         records.append(record)
@@ -151,6 +153,8 @@ def _read_json(file: Path) -> Rows:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _parse_jsonl(file, text)
         raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise DataError(f"{file}: nested too deeply") from error
     records = content.get("data", [content]) if isinstance(content, dict) else content
     if not isinstance(records, list):
         raise DataError(f'{file}: must be a list of objects or {{"data": [...]}}, not a {_json_type(records)}')

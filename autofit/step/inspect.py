@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from autofit.errors import UsageError
 from autofit.space.facts import ModelFacts
@@ -20,8 +21,10 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         UsageError: no config, a config that transformers rejects, or no causal language model.
     """
     config = load_config(source)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UsageError(f"model {source.model}: {type(config).__name__} is an encoder, not a causal language model")
     try:
-        base = empty_base(config, "bfloat16", "sdpa", source.trust_remote_code)
+        base, attention = _empty(config, source)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise UsageError(
@@ -36,9 +39,20 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         weight_bytes_16bit=2 * parameters,
         checkpointable_layers=len(checkpointable_layers(base)) if base.supports_gradient_checkpointing else 0,
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+        attention=attention,
         quantized_bits=_quantized_bits(getattr(config, "quantization_config", None)),
         download_bytes=0 if source.random_weights or _is_here(source.model) else 2 * parameters,
     )
+
+
+def _empty(config: Any, source: ModelSource) -> tuple[Any, str]:
+    """The base without storage, and the attention it can run: SDPA, or what the architecture has instead."""
+    try:
+        return empty_base(config, "bfloat16", "sdpa", source.trust_remote_code), "sdpa"
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return empty_base(config, "bfloat16", "eager", source.trust_remote_code), "eager"
 
 
 def _is_here(model: str) -> bool:

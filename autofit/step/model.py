@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -103,7 +104,7 @@ def load_base(
             device_map={"": policy.device},
             trust_remote_code=source.trust_remote_code,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         access = hub_error("model", source.model, error)
         raise access or UsageError(f"model {source.model}: {first_line(error)}") from error
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from autofit.config import RunConfig
+from autofit.errors import UsageError
 from autofit.search.outcome import SearchSpace
 from autofit.space.budget import MemoryBudget, make_budget
+from autofit.space.candidate import Candidate
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.ladder import Limits
 from autofit.space.source import ModelSource
 from autofit.space.wish import check_pins, make_wish
-from autofit.step.policy import default_dtype
+from autofit.step.policy import default_dtype, resolve_policy
 from autofit.training.request import Schedule
 from autofit.training.workspace import environment
 
@@ -54,6 +56,8 @@ def search_space(config: RunConfig, prepared: Prepared) -> tuple[SearchSpace, Me
     budget = make_budget(config.gpu_mem, device)
     dtype = config.dtype or default_dtype(device)
     wish = make_wish(prepared.model, prepared.data, budget, dtype, config.global_batch_size, config.asked, config.pin)
+    resolve_policy(wish, device)
+    _check_start(wish, config, device)
     check_pins(wish, frozenset(config.pin), prepared.model, budget)
     limits = Limits(
         global_batch_size=config.global_batch_size,
@@ -66,6 +70,17 @@ def search_space(config: RunConfig, prepared: Prepared) -> tuple[SearchSpace, Me
         allow=frozenset(config.allow),
     )
     return SearchSpace(wish=wish, limits=limits, order=config.order), budget
+
+
+def _check_start(wish: Candidate, config: RunConfig, device: DeviceFacts) -> None:
+    if device.type == "cpu" and wish.offload_activations != "none":
+        raise UsageError(f"offload_activations {wish.offload_activations}: on a CPU there is nowhere to offload to")
+    for knob, least in config.min.items():
+        # A length may be below: no sequence of the data is longer.
+        if knob != "max_seq_length" and getattr(wish, knob) < least:
+            raise UsageError(
+                f"min {knob}={least} is above {getattr(wish, knob)}, where the search starts; pin it instead"
+            )
 
 
 def fingerprint(prepared: Prepared, budget: MemoryBudget, trial_timeout: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autofit.config import RunConfig
-from autofit.errors import BY_NAME, AutofitError, NothingFits
+from autofit.errors import AutofitError, NothingFits
 from autofit.search.controller import measure
 from autofit.search.fit_report import FitReport, GivenUp, given_up, why_nothing_fits
 from autofit.search.outcome import SearchOutcome, SearchSpace, Trial, TrialEvent
@@ -32,7 +33,7 @@ from autofit.training.request import TrainingRequest
 from autofit.training.resources import check_resources
 from autofit.training.resume import check_same_config, check_same_data, check_same_result, last_step
 from autofit.training.workspace import Staging, Workspace, choose_folder, environment
-from autofit.trial.classify import classify
+from autofit.trial.classify import classify, own_error
 from autofit.trial.environment import child_environment
 from autofit.trial.job import Job, Outcome
 from autofit.trial.result import TrialStatus
@@ -65,11 +66,11 @@ def execute(config: RunConfig, narrator: Narrator, sandbox: Sandbox) -> RunSumma
         KeyboardInterrupt: interrupted; the same output folder goes on from there.
     """
     workspace = Workspace(choose_folder(config.output_dir))
-    check_same_config(workspace.folder, config)
     run = Run(config, narrator, workspace, sandbox)
     try:
-        prepared = run.prepare()
-        with workspace.alone():
+        # From the moment that the folder is written to, it is this process's alone.
+        with contextlib.ExitStack() as held:
+            prepared = run.prepare(held)
             report = run.fit(prepared)
             training = run.train(prepared, report)
     except KeyboardInterrupt:
@@ -87,9 +88,10 @@ class Run:
 
     # ---- prepare ----
 
-    def prepare(self) -> Prepared:
-        """Facts of device, model and data; the run's folder exists only once they are good."""
+    def prepare(self, held: contextlib.ExitStack) -> Prepared:
+        """Facts of device, model and data; the run's folder exists only once they are good, and is then held."""
         target = self.workspace.folder
+        check_same_config(target, self.config)
         self.narrator.say("reading model and data")
         with Staging(target) as staging:
             found = self._job(
@@ -105,8 +107,11 @@ class Run:
                 device=DeviceFacts.from_json(found["device"]),
                 notes=tuple(found["notes"]),
             )
-            check_same_data(target, prepared.data)
             search_space(self.config, prepared)  # what the request itself rules out, before anything is written
+            held.enter_context(self.workspace.alone())
+            choose_folder(str(target))  # another process may have finished it meanwhile
+            check_same_config(target, self.config)
+            check_same_data(target, prepared.data)
             staging.publish()
         for note in self.sandbox.notes:
             self.narrator.warn(note)
@@ -283,10 +288,8 @@ class Run:
 
 def _as_error(name: str, outcome: Outcome) -> AutofitError:
     """The error that a child's end means, in one line."""
-    error = outcome.error or {}
-    for base in error.get("bases", ()):
-        module, _, cls = base.rpartition(".")
-        if module == "autofit.errors":
-            return BY_NAME[cls](error["message"])
+    error = own_error(outcome)
+    if error is not None:
+        return error
     status, message = classify(outcome)
     return AutofitError(f"{name}: {status.value} in {outcome.phase}: {message}")

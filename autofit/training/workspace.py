@@ -93,7 +93,7 @@ def choose_folder(asked: str | None) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output-dir {asked} is a file; name a folder that is new, empty or holds a run")
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "resolved.yaml").is_file():
+        if not any((folder / name).is_file() for name in ("resolved.yaml", "study.journal", "work/lock")):
             raise UsageError(f"output-dir {asked} is not empty and holds no run of autofit; name another")
         if Workspace(folder).finished:
             raise UsageError(f"output-dir {asked} holds a finished run; name another or remove it")

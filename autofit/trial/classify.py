@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterable
 from typing import Any
 
+from autofit.errors import BY_NAME, AutofitError
 from autofit.trial.job import Outcome
 from autofit.trial.record import describe_exception
 from autofit.trial.result import TrialStatus
@@ -48,6 +49,16 @@ _WORKER_KILLED_MESSAGE = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) 
 _BITSANDBYTES_LINE = re.compile(
     r"^(Error out of memory at line \d+ in file \S+|CUDA error: out of memory)\s*$", re.MULTILINE
 )
+
+
+def own_error(outcome: Outcome) -> AutofitError | None:
+    """The child's error, where it is one that the user can act on: a wrong request, not a failed trial."""
+    error = outcome.error or {}
+    for base in error.get("bases", ()):
+        module, _, name = base.rpartition(".")
+        if module == "autofit.errors":
+            return BY_NAME[name](error["message"])
+    return None
 
 
 def classify(outcome: Outcome) -> tuple[TrialStatus, str]:

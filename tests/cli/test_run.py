@@ -138,6 +138,40 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_model, data, tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_search_that_was_stopped_goes_on(tiny_model, data, tmp_path, how):
+    folder = tmp_path / "run"
+    command = [*RUN, "--model", tiny_model, "--data", data, "--max-steps", "2", "--output-dir", folder]
+    command = [*map(str, command), "--gpu-mem", "9MB"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_for(lambda: (folder / "trials.jsonl").is_file() and (folder / "trials.jsonl").read_text(), process)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted" in output
+        assert str(folder) in output  # how to go on
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "trial 1  OOM" in done.stdout
+    assert "from an earlier start" in done.stdout
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_that_another_process_runs_in_is_not_written_to(tiny_model, data, tmp_path):
+    folder = tmp_path / "run"
+    command = [*RUN, "--model", tiny_model, "--data", data, "--max-steps", "2000", "--output-dir", folder]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: (folder / "metrics.jsonl").is_file(), process)
+        other = [*RUN, "--max-steps", "2000", "--output-dir", folder, "--model", tiny_model, "--data", data]
+        before = {p: p.stat().st_mtime_ns for p in (folder / "work" / "data").rglob("*")}
+        done = subprocess.run(list(map(str, other)), capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "another autofit is running" in done.stderr
+        assert {p: p.stat().st_mtime_ns for p in (folder / "work" / "data").rglob("*")} == before
+        process.kill()
+
+
 def test_a_killed_controller_leaves_no_process_behind(tiny_model, data, tmp_path):
     command = [*RUN, "--model", tiny_model, "--data", data, "--output-dir", tmp_path / "run", "--max-steps", "2000"]
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

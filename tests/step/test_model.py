@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autofit.errors import UsageError
@@ -12,6 +12,7 @@ from autofit.memory.ledger import Ledger
 from autofit.space.candidate import Candidate
 from autofit.space.source import ModelSource
 from autofit.step.batch import worst_micro_batches
+from autofit.step.inspect import inspect_model
 from autofit.step.model import build_model, checkpointable_layers, load_base, load_config
 from autofit.step.optimizer import build_optimizer
 from autofit.step.policy import resolve_policy
@@ -171,3 +172,24 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, files, says)
     with pytest.raises(UsageError, match=says) as error:
         load_config(ModelSource(model=str(tmp_path)))
     assert "\n" not in str(error.value)
+
+
+def test_an_architecture_without_sdpa_runs_with_eager_attention(tmp_path):
+    config = Gemma2Config(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    config.save_pretrained(tmp_path)
+    source = ModelSource(model=str(tmp_path), random_weights=True)
+    attention = inspect_model(source).attention
+    candidate = PLAIN.replace(attention=attention)
+    step = build_step(candidate, source, resolve_policy(candidate, CPU), lora_alpha=32, seed=0)
+    loss = step.accumulate(worst_micro_batches(64, 32, 256), 62)
+    assert attention in ("sdpa", "eager")
+    assert torch.isfinite(loss)
+    assert step.model.config._attn_implementation == attention
