@@ -34,7 +34,7 @@ pytest: .venv/.dev
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "Installing into .venv: about 0.5 GB to download where pip finds a CPU build of torch, about 3 GB where it"
+	@echo "Installing into .venv: about 0.4 GB to download where pip finds a CPU build of torch, several GB where it"
 	@echo "takes PyPI's build for NVIDIA GPUs."
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .

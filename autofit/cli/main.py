@@ -46,9 +46,6 @@ def main() -> None:
     except AutofitError as error:
         print(f"autofit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("autofit: interrupted", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             # Whoever read our output is gone; Python would complain once more while flushing.

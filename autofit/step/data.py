@@ -131,6 +131,8 @@ def truncate(dataset: datasets.Dataset, max_seq_length: int) -> datasets.Dataset
     Raises:
         DataError: nothing is left to train.
     """
+    if all((batch.lengths <= max_seq_length).all() for batch in _batches(dataset)):
+        return drop_untrained(dataset, max_seq_length)
     cut = {column: [row[:max_seq_length] for row in dataset[column]] for column in COLUMNS}
     return drop_untrained(datasets.Dataset.from_dict(cut), max_seq_length)
 

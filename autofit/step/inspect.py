@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from autofit.errors import UsageError
 from autofit.space.facts import ModelFacts
 from autofit.space.source import ModelSource
+from autofit.step.data_access import first_line
 from autofit.step.model import checkpointable_layers, empty_base, load_config
 
 
@@ -26,9 +27,8 @@ def inspect_model(source: ModelSource) -> ModelFacts:
     try:
         base, attention = _empty(config, source)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
         raise UsageError(
-            f"model {source.model}: {type(config).__name__} makes no causal language model: {reason}"
+            f"model {source.model}: {type(config).__name__} makes no causal language model: {first_line(error)}"
         ) from error
     base.tie_weights()
     parameters = sum(p.numel() for p in base.parameters())
