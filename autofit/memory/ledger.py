@@ -45,7 +45,10 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
+        if func is torch.ops.aten.lift_fresh.default:
+            # Python numbers made a tensor: an optimizer's step counter, a constant. On a GPU these stay on the host.
+            self._ignore(out)
+        elif isinstance(out, torch.Tensor):
             self._count(out)
         elif isinstance(out, (tuple, list)):
             for leaf in tree_leaves(out):
@@ -70,6 +73,12 @@ class Ledger(TorchDispatchMode):
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(storage, self._drop, key)
+
+    def _ignore(self, tensor: torch.Tensor) -> None:
+        """Never counts this tensor's storage."""
+        storage = tensor.untyped_storage()
+        if self._sizes.setdefault(storage._cdata, 0) == 0:
+            weakref.finalize(storage, self._drop, storage._cdata)
 
     def _drop(self, key: int) -> None:
         self.live_bytes -= self._sizes.pop(key, 0)

@@ -1,0 +1,174 @@
+"""The step on meta tensors: every allocation and release in order, and where in the step it happens."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from autofit.memory.ledger import Ledger
+from autofit.memory.scratch import SCRATCH, bitsandbytes_scratch
+from autofit.memory.stand_ins import operation_stand_ins
+from autofit.memory.values import Values
+from autofit.memory.work import operation_work
+
+aten = torch.ops.aten
+
+# Sections of a step, in the order in which a pass goes through them.
+BUILD, BEFORE, FORWARD, BETWEEN, BACKWARD, AFTER, OPTIMIZER = range(7)
+SECTION_NAMES = ("build", "embedding", "forward", "head and loss", "backward", "after backward", "optimizer")
+FREED = -1
+
+GEMMS = frozenset(
+    (
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+    )
+)
+
+
+@dataclass(frozen=True, order=True)
+class Section:
+    """A stretch of a step: `kind` of the constants above, in optimizer step `step`, of layer `layer` (−1: none)."""
+
+    step: int
+    kind: int
+    layer: int = -1
+
+    def __str__(self) -> str:
+        where = f" of layer {self.layer}" if self.layer >= 0 else ""
+        return f"{SECTION_NAMES[self.kind]}{where}"
+
+
+@dataclass
+class Trace:
+    """Allocations and releases of a step.
+
+    Attributes:
+        keys, sizes: event by event: which allocation, and its bytes (`FREED` where it ends).
+        sections: where each stretch begins: (index of its first event, index of its first operation, section).
+        flops, moved: of each operation: multiply-adds × 2, and bytes read and written.
+        labels: what an allocation is, where more is known than when it lives ("weights", "gradients", …).
+        guesses: how often a value that nobody has was made up, by what for.
+    """
+
+    keys: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    sections: list[tuple[int, int, Section]] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+    labels: dict[int, str] = field(default_factory=dict)
+    guesses: dict[str, int] = field(default_factory=dict)
+
+
+class Tracer(Ledger):
+    """A ledger of meta tensors that also writes down each event, and the scratch that kernels take on a GPU.
+
+    Attributes:
+        workspace_bytes: what cuBLAS keeps from its first product on, once for each thread that multiplies.
+        host_too: whether tensors on the CPU count as well (where the target is the CPU itself).
+    """
+
+    def __init__(
+        self, values: Values, *, workspace_bytes: int = 0, scratch: bool = True, host_too: bool = False
+    ) -> None:
+        super().__init__(device_type="meta")
+        self.values = values
+        self.trace = Trace()
+        self._stand_ins = operation_stand_ins(lambda rows: 0)
+        self._scratch = {**SCRATCH, **bitsandbytes_scratch()} if scratch else {}
+        self._workspace_bytes = workspace_bytes
+        self._workspaces: set[bool] = set()
+        self._counted = ("meta", "cpu") if host_too else ("meta",)
+        self._serial = 0
+        self._of_storage: dict[int, int] = {}
+        self.section = Section(0, BUILD)
+        self._begin(self.section)
+
+    def enter(self, section: Section) -> None:
+        """What follows belongs to this section."""
+        if section != self.section:
+            self._begin(section)
+
+    def label(self, tensors: Iterable[torch.Tensor], name: str) -> None:
+        """Says what these tensors' storages are, for the breakdown."""
+        for tensor in tensors:
+            key = self._of_storage.get(tensor.untyped_storage()._cdata)
+            if key is not None:
+                self.trace.labels[key] = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in GEMMS or func.namespace == "bitsandbytes":
+            self._workspace()
+        scratch = self._scratch.get(func)
+        taken = [(self._take(size), size) for size in scratch(args, kwargs)] if scratch is not None else ()
+        stand_in = self._stand_ins.get(func)
+        out = stand_in(*args, **kwargs) if stand_in is not None else self.values.run(func, args, kwargs)
+        if isinstance(out, torch.Tensor):
+            if func is aten.lift_fresh.default:
+                self._ignore(out)
+            else:
+                self._count(out)
+        elif isinstance(out, (tuple, list)):
+            self._count_all(out)
+        for key, size in taken:
+            self._give(key, size)
+        flops, moved = operation_work(func, args, out)
+        self.trace.flops.append(flops)
+        self.trace.moved.append(moved)
+        return out
+
+    def _count_all(self, out: Any) -> None:
+        for leaf in out:
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf)
+            elif isinstance(leaf, (tuple, list)):
+                self._count_all(leaf)
+
+    def _begin(self, section: Section) -> None:
+        self.section = section
+        self.trace.sections.append((len(self.trace.keys), len(self.trace.flops), section))
+
+    def _workspace(self) -> None:
+        """Forward and backward run on threads of their own, and each thread's cuBLAS takes a workspace for good."""
+        backward = self.section.kind == BACKWARD or self.section.kind == AFTER
+        if self._workspace_bytes and self.section.kind != BUILD and backward not in self._workspaces:
+            self._workspaces.add(backward)
+            self.trace.labels[self._take(self._workspace_bytes)] = "workspaces"
+
+    def _take(self, size: int) -> int:
+        self._serial += 1
+        self.trace.keys.append(self._serial)
+        self.trace.sizes.append(size)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return self._serial
+
+    def _give(self, key: int, size: int) -> None:
+        self.live_bytes -= size
+        self.trace.keys.append(key)
+        self.trace.sizes.append(FREED)
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type not in self._counted:
+            return
+        storage = tensor.untyped_storage()
+        identity = storage._cdata
+        if identity in self._sizes:
+            return
+        size = storage.nbytes()
+        self._sizes[identity] = size
+        self._of_storage[identity] = self._take(size)
+        weakref.finalize(storage, self._drop, identity)
+
+    def _drop(self, key: int) -> None:
+        size = self._sizes.pop(key, 0)
+        serial = self._of_storage.pop(key, None)
+        if serial is not None:
+            self._give(serial, size)
