@@ -8,6 +8,8 @@ from typing import Any
 QUANTIZATION_BITS = (16, 8, 4)
 OFFLOADING = ("none", "checkpoints", "all")
 LOSSES = ("chunked", "full")
+STEPS = ("autofit", "sft", "trainer")
+STOCK_LOSSES = {"sft": "chunked", "trainer": "full"}
 DTYPES = ("bfloat16", "float16", "float32")
 OPTIMIZERS = ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit")
 
@@ -31,6 +33,9 @@ class Candidate:
         lora_targets: module names, or ("all-linear",).
         dtype: of base weights that are not quantized, and what products are computed in.
         accumulates: whether an optimizer step takes more than one micro-batch (kept gradients raise the peak).
+        step: whose step runs: "autofit", or "sft" (TRL's SFTTrainer) or "trainer" (transformers' Trainer) as they come.
+            Those two have a loss of their own and take whole rows: `micro_batch_size` × `max_seq_length`.
+        prepare_kbit: whether PEFT's `prepare_model_for_kbit_training` casts what is not quantized to float32.
     """
 
     micro_batch_size: int
@@ -50,6 +55,8 @@ class Candidate:
     kernels: str = "stock"
     dtype: str = "bfloat16"
     accumulates: bool = False
+    step: str = "autofit"
+    prepare_kbit: bool = False
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "max_seq_length", "lora_rank"):
@@ -65,6 +72,7 @@ class Candidate:
             ("optimizer", OPTIMIZERS),
             ("layout", ("padded",)),
             ("kernels", ("stock",)),
+            ("step", STEPS),
         ):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}, got {getattr(self, name)}")
@@ -75,6 +83,11 @@ class Candidate:
             object.__setattr__(self, "double_quant", False)
         if self.offload_activations == "checkpoints" and self.checkpointed_layers == 0:
             object.__setattr__(self, "offload_activations", "none")
+        object.__setattr__(self, "loss", STOCK_LOSSES.get(self.step, self.loss))
+        if self.step != "autofit" and self.tokens_per_micro_batch is not None:
+            raise ValueError(f"tokens_per_micro_batch must be micro_batch_size × max_seq_length with step {self.step}")
+        if self.step == "trainer" and self.offload_activations == "all":
+            raise ValueError("offload_activations must be none or checkpoints with step trainer; all is TRL's")
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
 
     @property

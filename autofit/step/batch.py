@@ -76,6 +76,13 @@ def worst_micro_batches(token_budget: int, max_seq_length: int, vocabulary: int)
     return [collate(_rows(rows, length, vocabulary), pad_token_id=0) for rows, length in shapes]
 
 
+def full_rows(rows: int, length: int, vocabulary: int) -> MicroBatch:
+    """Rows of which every token is trained, for a step that makes its labels itself: without positions and targets."""
+    ids = torch.tensor([row["input_ids"] for row in _rows(rows, length, vocabulary)], dtype=torch.int64)
+    nothing = torch.empty(0, dtype=torch.int64)
+    return MicroBatch(ids, nothing, nothing)
+
+
 def _rows(rows: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
     # Different tokens, for an architecture that routes by them.
     ids = [[(row * 31 + column) % vocabulary for column in range(length)] for row in range(rows)]

@@ -30,7 +30,7 @@ def chunked_loss(model: PeftModel, batch: MicroBatch) -> torch.Tensor:
     hidden = base.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     picked = hidden.flatten(0, 1).index_select(0, batch.positions)
     head = base.get_output_embeddings()
-    scale, softcap = _logit_transform(base.config.get_text_config())
+    scale, softcap = logit_transform(base.config.get_text_config())
     chunk = min(VOCABULARY_CHUNK, head.weight.shape[0])  # the kernel's tiles have this width whatever there is to fill
     log_probs = ChunkedLogProbFunction.apply(
         picked, head.weight, getattr(head, "bias", None), batch.targets, 1.0, chunk, softcap, scale, ()
@@ -41,7 +41,7 @@ def chunked_loss(model: PeftModel, batch: MicroBatch) -> torch.Tensor:
 LOSSES: dict[str, Loss] = {"chunked": chunked_loss, "full": full_loss}
 
 
-def _logit_transform(config: Any) -> tuple[float, float | None]:
+def logit_transform(config: Any) -> tuple[float, float | None]:
     """What an architecture does to its logits: a factor, then a soft cap. The names are transformers' own."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:

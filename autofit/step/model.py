@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -62,6 +62,8 @@ def build_model(candidate: Candidate, source: ModelSource, policy: StepPolicy, l
     base = make(config, candidate, source, policy)
     base.config.use_cache = False
     base.requires_grad_(False)
+    if candidate.prepare_kbit:
+        prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     set_checkpointing(base, candidate)
     torch.manual_seed(seed)
     model = add_lora(base, candidate, lora_alpha)
@@ -191,6 +193,9 @@ def set_checkpointing(base: PreTrainedModel, candidate: Candidate) -> None:
     layers = checkpointable_layers(base)
     if candidate.checkpointed_layers > len(layers):
         raise UsageError(f"checkpointed_layers {candidate.checkpointed_layers}: the model has only {len(layers)}")
+    if candidate.step != "autofit":
+        set_stock_checkpointing(base, candidate, len(layers))
+        return
     base.activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": False},
         offload=candidate.offload_activations == "checkpoints",
@@ -201,13 +206,32 @@ def set_checkpointing(base: PreTrainedModel, candidate: Candidate) -> None:
         layer.gradient_checkpointing = is_checkpointed(i, candidate.checkpointed_layers, len(layers))
 
 
+def set_stock_checkpointing(base: PreTrainedModel, candidate: Candidate, num_layers: int) -> None:
+    """What the Trainer does of `gradient_checkpointing` and its `every_n_layers` (1 is every layer).
+
+    Raises:
+        UsageError: no `every_n_layers` leaves so many checkpointed layers.
+    """
+    wanted = candidate.checkpointed_layers
+    counts = {-(-num_layers // every): every for every in range(num_layers, 0, -1)}
+    if wanted not in counts:
+        valid = ", ".join(map(str, sorted(counts)))
+        raise UsageError(
+            f"checkpointed_layers {wanted} with step {candidate.step}: every n-th of {num_layers} layers "
+            f"leaves one of {valid}"
+        )
+    base.activation_checkpointing_enable(
+        every_n_layers=counts[wanted], offload=candidate.offload_activations == "checkpoints"
+    )
+
+
 def checkpointable_layers(base: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that transformers checkpoints one by one, in order."""
     return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def add_lora(base: PreTrainedModel, candidate: Candidate, lora_alpha: int) -> PeftModel:
-    """LoRA in float32 on the target layers."""
+    """LoRA on the target layers: in float32, or as TRL has it in bfloat16 on a quantized base."""
     all_linear = candidate.lora_targets == ("all-linear",)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
@@ -222,9 +246,11 @@ def add_lora(base: PreTrainedModel, candidate: Candidate, lora_alpha: int) -> Pe
         raise UsageError(f"lora_targets {','.join(candidate.lora_targets)}: {first_line(error)}") from error
     if candidate.loss == "chunked" and isinstance(base.get_output_embeddings(), BaseTunerLayer):
         raise UsageError("lora_targets: the chunked loss would bypass an adapter on the output layer; use loss: full")
+    quantized = getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
+    dtype = torch.bfloat16 if candidate.step == "sft" and quantized else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

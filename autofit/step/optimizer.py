@@ -14,6 +14,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over the adapters' parameters: torch's, or bitsandbytes' (8-bit and paged states)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if candidate.optimizer == "adamw_torch" and candidate.step != "autofit":
+        # torch's own choice, said aloud: on a GPU foreach, on tensors that only stand in for a GPU's it would not be.
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, foreach=policy.targets_gpu)
     if candidate.optimizer == "adamw_torch":
         return torch.optim.AdamW(
             parameters,

@@ -29,6 +29,11 @@ class StepPolicy:
     fused_optimizer: bool
     loss_scaling: bool
 
+    @property
+    def targets_gpu(self) -> bool:
+        """Whether the step is a GPU's, also where meta tensors stand in for the GPU's."""
+        return self.fused_optimizer
+
 
 def default_dtype(device: DeviceFacts) -> str:
     """bfloat16 from compute capability 8.0, float16 below, float32 on a CPU."""

@@ -13,10 +13,20 @@ from transformers import masking_utils
 
 from autofit.space.candidate import Candidate
 from autofit.space.source import ModelSource
-from autofit.step.batch import MicroBatch
+from autofit.step.batch import MicroBatch, full_rows, worst_micro_batches
 from autofit.step.loss import LOSSES, Loss
 from autofit.step.model import build_model, offload_context
 from autofit.step.policy import StepPolicy
+from autofit.step.recipes import (
+    MAX_GRAD_NORM,
+    RECIPES,
+    Recipe,
+    StockBatch,
+    accepts_items,
+    masks_are_full,
+    stock_batch,
+    trained_items,
+)
 
 
 def _no_report(phase: str) -> None:
@@ -66,6 +76,10 @@ class Step:
         losses = [self.micro_batch(batch, normalizer) for batch in batches]
         return torch.stack(losses).sum()
 
+    def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """What comes between the last micro-batch of a global batch and `optimizer.step`."""
+        self.unscale(optimizer)
+
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """After the last micro-batch: takes the loss scale out of the gradients.
 
@@ -90,6 +104,67 @@ class Step:
             yield
 
 
+class StockStep(Step):
+    """The step of a stock trainer, in the place of ours: the same calls, the bytes of the real class.
+
+    A micro-batch is whole rows of which every token is trained (`full_rows`); positions and targets are not read. The
+    trainer counts the trained tokens itself, so `normalizer` is not read either. Between calls it keeps what the
+    trainer's loop keeps: the last batches and their count, the losses, the gradients' norm.
+
+    Attributes:
+        running_loss: float32, summed over the micro-batches of the last global batch.
+    """
+
+    def __init__(self, model: PeftModel, policy: StepPolicy, recipe: Recipe, offload: Any) -> None:
+        super().__init__(model, policy, LOSSES["full"], offload)
+        self.recipe = recipe
+        self._accepts_items = accepts_items(model.get_base_model())
+        self._batches: list[StockBatch] = []
+        self._items: torch.Tensor | None = None
+        self.running_loss = torch.zeros((), device=policy.device)
+        self._last = self.running_loss
+        self._norm: torch.Tensor | None = None
+
+    def micro_batch(self, batch: MicroBatch, normalizer: int) -> torch.Tensor:
+        """Adds the gradients of a global batch that is this one micro-batch; returns its loss, detached."""
+        self.accumulate([batch], normalizer)
+        return self._last
+
+    def accumulate(self, batches: Iterable[MicroBatch], normalizer: int) -> torch.Tensor:
+        """The gradients of a whole global batch, all of it on the device from the start; returns its mean loss."""
+        made = [stock_batch(batch.input_ids, self.policy.device) for batch in batches]
+        items = trained_items(made) if self._accepts_items else None
+        self._batches, self._items = made, items
+        self.running_loss.zero_()
+        for batch in made:
+            self._last = self._train(batch)
+            self.running_loss += self._last
+        return self.running_loss.clone()
+
+    def evaluate(self, batch: MicroBatch) -> torch.Tensor:
+        """The mean loss of one micro-batch, without gradients."""
+        made = stock_batch(batch.input_ids, self.policy.device)
+        with torch.no_grad(), masks_are_full():
+            return self.recipe.loss(self.model, made, trained_items([made]), 1, self.policy)
+
+    def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clips the gradients, once they are unscaled."""
+        self.unscale(optimizer)
+        self._norm = None
+        self._norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+
+    def _train(self, batch: StockBatch) -> torch.Tensor:
+        with self.offload:
+            self.report("forward")
+            with masks_are_full():
+                loss = self.recipe.loss(self.model, batch, self._items, len(self._batches), self.policy)
+            if self._items is None:
+                loss = loss / len(self._batches)
+            self.report("backward")
+            self.scaler.scale(loss / 1).backward()  # accelerate divides again, by one
+        return loss.detach()
+
+
 @contextlib.contextmanager
 def _rows_are_whole() -> Iterator[None]:
     """Tells transformers that no row holds two sequences; it would ask the device, and wait, at every forward."""
@@ -104,4 +179,15 @@ def _rows_are_whole() -> Iterator[None]:
 def build_step(candidate: Candidate, source: ModelSource, policy: StepPolicy, lora_alpha: int, seed: int) -> Step:
     """The candidate's model and everything that its micro-batches need."""
     model = build_model(candidate, source, policy, lora_alpha, seed)
-    return Step(model, policy, LOSSES[candidate.loss], offload_context(model, candidate))
+    if candidate.step == "autofit":
+        return Step(model, policy, LOSSES[candidate.loss], offload_context(model, candidate))
+    recipe = RECIPES[candidate.step]
+    recipe.prepare(model)
+    return StockStep(model, policy, recipe, offload_context(model, candidate))
+
+
+def costliest_batches(candidate: Candidate, vocabulary: int) -> list[MicroBatch]:
+    """The micro-batches that a trial of the candidate runs, costliest first where there are several."""
+    if candidate.step != "autofit":
+        return [full_rows(candidate.micro_batch_size, candidate.max_seq_length, vocabulary)]
+    return worst_micro_batches(candidate.token_budget, candidate.max_seq_length, vocabulary)

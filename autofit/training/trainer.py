@@ -53,7 +53,7 @@ class StepTrainer(Trainer):
         examples = inputs["batch"].examples
         batches = micro_batches(examples, self.candidate.token_budget, self.pad_token_id)
         loss = self.step.accumulate(batches, trained_tokens(examples))
-        self.step.unscale(self.optimizer.optimizer)  # type: ignore[union-attr]  # accelerate wraps it
+        self.step.before_optimizer(self.optimizer.optimizer)  # type: ignore[union-attr]  # accelerate wraps it
         return loss
 
     def prediction_step(

@@ -11,11 +11,11 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from autofit.memory.meter import Meter, open_meter
-from autofit.step.batch import MicroBatch, worst_micro_batches
+from autofit.step.batch import MicroBatch
 from autofit.step.model import checkpointable_layers
 from autofit.step.optimizer import build_optimizer
 from autofit.step.policy import resolve_policy
-from autofit.step.step import Step, build_step
+from autofit.step.step import Step, build_step, costliest_batches
 from autofit.trial.phases import PhaseReport
 from autofit.trial.request import TrialRequest
 from autofit.trial.result import TrialResult, TrialStatus
@@ -53,7 +53,7 @@ class _Trial:
         candidate = self.request.candidate
         step = self._build()
         vocabulary = step.model.get_input_embeddings().num_embeddings
-        batches = worst_micro_batches(candidate.token_budget, candidate.max_seq_length, vocabulary)
+        batches = costliest_batches(candidate, vocabulary)
         tokens_per_second = self._train(step, batches)
         training = self.meter.peaks()
         evaluation = self._measured("eval", lambda: [step.evaluate(batch) for batch in batches])
@@ -113,7 +113,7 @@ class _Trial:
             losses += [step.micro_batch(batch, normalizer) for _ in range(1, count)]
             torch.stack(losses).sum()
             self.meter.measure_context()
-            step.unscale(optimizer)
+            step.before_optimizer(optimizer)
             self._enter("optimizer")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -19,6 +19,17 @@ def test_two_spellings_of_the_same_bytes_are_one_candidate():
     assert tight.replace(micro_batch_size=1).token_budget == 128
 
 
+def test_a_stock_step_has_its_own_loss_and_takes_whole_rows():
+    sft = Candidate(micro_batch_size=4, max_seq_length=128, step="sft", loss="full")
+    trainer = sft.replace(step="trainer", prepare_kbit=True)
+    assert (sft.loss, trainer.loss) == ("chunked", "full")
+    assert Candidate.from_json(json.loads(json.dumps(trainer.to_json()))) == trainer
+    with pytest.raises(ValueError, match="tokens_per_micro_batch must be"):
+        sft.replace(tokens_per_micro_batch=100)
+    with pytest.raises(ValueError, match="offload_activations must be none or checkpoints with step trainer"):
+        trainer.replace(offload_activations="all")
+
+
 def test_what_decides_memory_tells_candidates_apart():
     four = Candidate(micro_batch_size=4, max_seq_length=128, quantization_bits=4)
     assert four != Candidate(micro_batch_size=4, max_seq_length=128, quantization_bits=4, double_quant=False)
@@ -33,7 +44,7 @@ def test_json_and_back():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lora_rank": 0}, {"quantization_bits": 5}, {"checkpointed_layers": -1}, {"loss": "x"}]
+    "wrong", [{"lora_rank": 0}, {"quantization_bits": 5}, {"checkpointed_layers": -1}, {"loss": "x"}, {"step": "x"}]
 )
 def test_impossible_values_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
