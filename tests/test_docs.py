@@ -19,10 +19,10 @@ from autofit.report.files import write_reports
 from autofit.report.terminal import Terminal
 from autofit.search.controller import MAX_TRIALS
 from autofit.search.outcome import TrialEvent
-from autofit.space.budget import CARDS
 from autofit.space.candidate import LOSSY, Candidate
+from autofit.space.cards import CARDS
 from autofit.space.ladder import LOWEST_RANK, RUNGS, SHORTEST_SEQUENCE
-from autofit.space.units import parse_bytes
+from autofit.space.units import MIB, parse_bytes
 from autofit.step.data_columns import FORMATS
 from autofit.step.data_files import SUFFIXES
 from autofit.training.supervisor import execute
@@ -153,7 +153,7 @@ def test_sizes_and_cards_are_known():
     listed = re.search(r"Cards known by name: (.+?)\.\n\n", README, flags=re.DOTALL)
     assert listed is not None
     assert code(listed[1]) == list(CARDS)
-    assert f"`rtx-4090` is {CARDS['rtx-4090']:,} MiB" in README
+    assert f"`rtx-4090` is {CARDS['rtx-4090'].total_bytes // MIB:,} MiB" in README
 
 
 def test_the_kinds_of_data_are_all_named_in_their_order():

@@ -28,7 +28,10 @@ def run(
     minimum: Annotated[list[str] | None, typer.Option("--min", metavar="KNOB=VALUE", help="Lowest value.")] = None,
     allow: Annotated[str | None, typer.Option(help="Lossy knobs that may move, or none. Default: all.")] = None,
     random_weights: Annotated[
-        bool | None, typer.Option("--random-weights", help="Train a folder that has only a config.json.")
+        bool | None, typer.Option("--random-weights", help="Make the weights up: for a config.json alone.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -53,6 +56,7 @@ def run(
         "min": _pairs(minimum, "--min"),
         "allow": allow,
         "random_weights": random_weights,
+        "trust_remote_code": trust_remote_code,
     }
     resolved = load_run_config(config, flags)
     try:

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autofit.search.outcome import SearchOutcome, SearchSpace, Trial
-from autofit.space.budget import CARDS, MIB, MemoryBudget
+from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import KNOBS, LOSSY, Candidate
+from autofit.space.cards import CHEAPEST_FIRST
 from autofit.space.facts import DeviceFacts
 from autofit.space.ladder import RUNGS, knob_values
 from autofit.space.units import format_bytes
@@ -101,8 +102,8 @@ def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryB
     held = _held_knobs(space)
     hints = [f"free {' or '.join(held)}"] if held else []
     if device.type == "cuda" and need:
-        fitting = sorted((size, card) for card, size in CARDS.items() if size * MIB > need * 1.05)
-        hints += [f"use a larger --gpu-mem or a card like {fitting[0][1]}"] if fitting else []
+        fitting = [card.name for card in CHEAPEST_FIRST if card.total_bytes > need * 1.05]
+        hints += [f"use a larger --gpu-mem or a card like {fitting[0]}"] if fitting else []
     else:
         hints.append(f"use --gpu-mem {-(-need * 21 // (20 * 10**6))}MB" if need else "use a larger --gpu-mem")
     return f"{text}; {', or '.join(hints)}" if hints else text

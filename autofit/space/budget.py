@@ -6,29 +6,9 @@ import difflib
 from dataclasses import dataclass
 
 from autofit.errors import UsageError
+from autofit.space.cards import CARDS
 from autofit.space.facts import DeviceFacts
-from autofit.space.units import format_bytes, parse_bytes
-
-MIB = 2**20
-
-# Memory as the driver reports it, in MiB (nvidia-smi's "total").
-CARDS = {
-    "t4": 15360,
-    "rtx-3060": 12288,
-    "rtx-3090": 24576,
-    "rtx-4060-ti-16gb": 16380,
-    "rtx-4070": 12282,
-    "rtx-4080": 16376,
-    "rtx-4090": 24564,
-    "rtx-5090": 32607,
-    "a10": 23028,
-    "l4": 23034,
-    "l40s": 46068,
-    "a100-40gb": 40960,
-    "a100-80gb": 81920,
-    "h100": 81559,
-    "h200": 143771,
-}
+from autofit.space.units import MIB, format_bytes, parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +40,7 @@ def requested_bytes(text: str, device: DeviceFacts) -> int:
     name = check_budget_text(text)
     if name == "auto":
         return device.total_bytes
-    return CARDS[name] * MIB if name in CARDS else parse_bytes(name)
+    return CARDS[name].total_bytes if name in CARDS else parse_bytes(name)
 
 
 def check_budget_text(text: str) -> str:

@@ -6,6 +6,8 @@ import re
 
 from autofit.errors import UsageError
 
+MIB = 2**20
+
 _FACTORS = {
     "b": 1,
     "kb": 10**3,

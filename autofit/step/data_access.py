@@ -71,6 +71,12 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """An error's whole message in one line of at most 200 characters, for errors that say in their second line what."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 200 else f"{text[:199]}…") or type(error).__name__
+
+
 def _nearest(path: Path) -> Path | None:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)

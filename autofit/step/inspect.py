@@ -11,8 +11,9 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from autofit.errors import UsageError
 from autofit.space.facts import ModelFacts
 from autofit.space.source import ModelSource
-from autofit.step.data_access import first_line
-from autofit.step.model import checkpointable_layers, empty_base, load_config
+from autofit.step.configs import load_config, quantized_bits
+from autofit.step.data_access import one_line
+from autofit.step.model import checkpointable_layers, empty_base
 
 
 def inspect_model(source: ModelSource) -> ModelFacts:
@@ -26,9 +27,9 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         raise UsageError(f"model {source.model}: {type(config).__name__} is an encoder, not a causal language model")
     try:
         base, attention = _empty(config, source)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a model's constructor may raise anything on values that it did not expect
         raise UsageError(
-            f"model {source.model}: {type(config).__name__} makes no causal language model: {first_line(error)}"
+            f"model {source.model}: {type(config).__name__} makes no causal language model: {one_line(error)}"
         ) from error
     base.tie_weights()
     parameters = sum(p.numel() for p in base.parameters())
@@ -40,7 +41,7 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         checkpointable_layers=len(checkpointable_layers(base)) if base.supports_gradient_checkpointing else 0,
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
         attention=attention,
-        quantized_bits=_quantized_bits(getattr(config, "quantization_config", None)),
+        quantized_bits=quantized_bits(config, source.model),
         download_bytes=0 if source.random_weights or _is_here(source.model) else 2 * parameters,
     )
 
@@ -61,15 +62,3 @@ def _is_here(model: str) -> bool:
         return True
     names = ("model.safetensors", "model.safetensors.index.json")
     return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)
-
-
-def _quantized_bits(settings: Any) -> int | None:
-    if settings is None:
-        return None
-    values = settings if isinstance(settings, dict) else settings.to_dict()
-    if values.get("load_in_4bit") or values.get("_load_in_4bit"):
-        return 4
-    if values.get("load_in_8bit") or values.get("_load_in_8bit"):
-        return 8
-    method = values.get("quant_method", "an unknown method")
-    raise UsageError(f"the checkpoint is quantized by {method}; only bitsandbytes' 4 and 8 bits can be trained here")

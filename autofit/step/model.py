@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,39 +11,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 
 from autofit.errors import UsageError
 from autofit.space.candidate import Candidate, is_checkpointed
 from autofit.space.source import ModelSource
-from autofit.step.data_access import did_you_mean, first_line, hub_error, is_hub_id
+from autofit.step.configs import load_config
+from autofit.step.data_access import first_line, hub_error
 from autofit.step.policy import StepPolicy
 
 QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
-
-
-def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The model's config.
-
-    Raises:
-        UsageError: a folder that is missing or without config.json, or a config that transformers rejects.
-        AccessError: the hub's model is gated, missing or out of reach.
-    """
-    folder = Path(source.model).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UsageError(f"model {source.model}: the folder has no config.json")
-    if not folder.is_dir() and (folder.exists() or not is_hub_id(source.model)):
-        raise UsageError(f"model {source.model} is no folder{did_you_mean(folder)}")
-    name = str(folder) if folder.is_dir() else source.model
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        access = hub_error("model", source.model, error)
-        if access is not None:
-            raise access from error
-        raise UsageError(f"model {source.model}: transformers rejects its config: {first_line(error)}") from error
 
 
 def build_model(candidate: Candidate, source: ModelSource, policy: StepPolicy, lora_alpha: int, seed: int) -> PeftModel:

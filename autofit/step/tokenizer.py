@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from autofit.errors import UsageError
+from autofit.step.configs import is_bare_name
 from autofit.step.data_access import did_you_mean, first_line, hub_error, is_hub_id
 
 # "User: …", "Assistant: …" on lines of their own, the end token after each answer. The prompt for an answer ends
@@ -65,7 +66,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def load_tokenizer(model: str, trust_remote_code: bool = False, allow_byte_tokenizer: bool = False) -> LoadedTokenizer:
     """The tokenizer of a model folder or hub id, padding with anything but its end token.
 
-    With `allow_byte_tokenizer` (random weights), a folder that has none gets the byte-level one.
+    With `allow_byte_tokenizer` (random weights), a folder that has none, or the bare name of a shipped config, gets the
+    byte-level one.
 
     Raises:
         UsageError: no such folder, no tokenizer in it, one that transformers rejects or that has no end token.
@@ -75,6 +77,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False, allow_byte_token
     if folder.is_dir():
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             return _byte_tokenizer_for(folder, allow_byte_tokenizer)
+    elif is_bare_name(model) and allow_byte_tokenizer:
+        return LoadedTokenizer(byte_tokenizer(), [f"{model} is known by its shapes alone: text is cut into bytes"])
     elif folder.exists() or not is_hub_id(model):
         what = "is a file, not a folder" if folder.exists() else f"does not exist{did_you_mean(folder)}"
         raise UsageError(f"model folder {folder} {what}")

@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from autofit.errors import UsageError
 from autofit.memory.device import detect_device
 from autofit.space.source import ModelSource
+from autofit.step.configs import require_weights
 from autofit.step.data import RawData, data_facts, load_data, prepare, split_eval
 from autofit.step.default_model import save_default_model
 from autofit.step.inspect import inspect_model
@@ -76,6 +77,7 @@ def _model(request: dict[str, Any], base: Path) -> tuple[ModelSource, LoadedToke
     )
     if folder.is_dir() and not source.random_weights and not any(p.name.endswith(_WEIGHTS) for p in folder.iterdir()):
         raise UsageError(f"model {request['model']}: the folder has no weights; --random-weights makes some up")
+    require_weights(source)
     loaded = load_tokenizer(source.model, source.trust_remote_code, allow_byte_tokenizer=source.random_weights)
     if source.random_weights:
         loaded.notes.append("the base weights are random: this measures and exercises, it teaches nothing")

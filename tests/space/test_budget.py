@@ -1,8 +1,10 @@
 import pytest
 
 from autofit.errors import UsageError
-from autofit.space.budget import CARDS, MIB, make_budget
+from autofit.space.budget import make_budget
+from autofit.space.cards import CARDS
 from autofit.space.facts import DeviceFacts
+from autofit.space.units import MIB
 
 H100 = DeviceFacts(type="cuda", name="H100", total_bytes=81559 * MIB, compute_capability=(9, 0))
 CPU = DeviceFacts(type="cpu", name="cpu", total_bytes=24 * 2**30)
@@ -10,7 +12,7 @@ CPU = DeviceFacts(type="cpu", name="cpu", total_bytes=24 * 2**30)
 
 def test_a_size_a_card_and_auto():
     assert make_budget("24GB", H100).total_bytes == 24 * 10**9
-    assert make_budget("RTX 4090", H100).total_bytes == CARDS["rtx-4090"] * MIB
+    assert make_budget("RTX 4090", H100).total_bytes == CARDS["rtx-4090"].total_bytes
     assert make_budget("auto", H100).total_bytes == H100.total_bytes
 
 
