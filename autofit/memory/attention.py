@@ -6,7 +6,6 @@ The rules are those of torch 2.11 to 2.13 (ATen/native/transformers/cuda/sdp_uti
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch.nn import functional as F

@@ -13,8 +13,26 @@ _EXTREMES = ("max", "min", "argmax", "argmin", "cummax", "cummin")
 _HARMLESS = ("isinf", "isnan", "isfinite")
 # Their result is a view or a copy of integers that are themselves unknown.
 _MOVES = frozenset(
-    "view unsqueeze squeeze expand permute transpose t slice select reshape _unsafe_view as_strided split unbind "
-    "chunk _to_copy clone copy_".split()
+    [
+        "view",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "permute",
+        "transpose",
+        "t",
+        "slice",
+        "select",
+        "reshape",
+        "_unsafe_view",
+        "as_strided",
+        "split",
+        "unbind",
+        "chunk",
+        "_to_copy",
+        "clone",
+        "copy_",
+    ]
 )
 
 

@@ -6,7 +6,7 @@
 | torch's fused AdamW | nothing: it writes in place | – | – |
 | TRL's product into a float32 sum | nothing: cuBLAS adds in place | – | – |
 | bitsandbytes' managed memory | a tensor that no ledger counts | paged states, listed apart | – |
-| bitsandbytes' int8 quantization of activations | results of its shapes, `outlier_columns` of outliers | – | scratch.py |
+| bitsandbytes' int8 quantization | results of its shapes, `outlier_columns` of outliers | – | scratch.py |
 | bitsandbytes' int8 product | results of its shapes | the outlier columns | scratch.py |
 """
 

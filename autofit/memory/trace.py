@@ -19,17 +19,8 @@ aten = torch.ops.aten
 
 # Sections of a step, in the order in which a pass goes through them.
 BUILD, BEFORE, FORWARD, BETWEEN, BACKWARD, AFTER, OPTIMIZER = range(7)
-SECTION_NAMES = ("build", "embedding", "forward", "head and loss", "backward", "after backward", "optimizer")
+SECTION_NAMES = ("build", "embedding", "forward", "head and loss", "backward", "after the optimizer", "optimizer")
 FREED = -1
-
-GEMMS = frozenset(
-    (
-        aten.mm.default,
-        aten.bmm.default,
-        aten.addmm.default,
-        aten.baddbmm.default,
-    )
-)
 
 
 @dataclass(frozen=True, order=True)
@@ -69,9 +60,12 @@ class Trace:
 class Tracer(Ledger):
     """A ledger of meta tensors that also writes down each event, and the scratch that kernels take on a GPU.
 
+    `workspace_bytes` is what cuBLAS keeps from its first product on, once for each thread that multiplies; with
+    `host_too` tensors on the CPU count as well (where the target is the CPU itself).
+
     Attributes:
-        workspace_bytes: what cuBLAS keeps from its first product on, once for each thread that multiplies.
-        host_too: whether tensors on the CPU count as well (where the target is the CPU itself).
+        section: where in the step we are.
+        owners: the layer that a parameter's storage belongs to.
     """
 
     def __init__(
@@ -83,12 +77,40 @@ class Tracer(Ledger):
         self._stand_ins = operation_stand_ins(lambda rows: 0)
         self._scratch = {**SCRATCH, **bitsandbytes_scratch()} if scratch else {}
         self._workspace_bytes = workspace_bytes
-        self._workspaces: set[bool] = set()
         self._counted = ("meta", "cpu") if host_too else ("meta",)
         self._serial = 0
         self._of_storage: dict[int, int] = {}
+        self.owners: dict[int, int] = {}
         self.section = Section(0, BUILD)
         self._begin(self.section)
+
+    def restart(self, statics: dict[int, tuple[str, int]]) -> None:
+        """Forgets how the model was built: the trace begins with what is alive now, in the order in which it came.
+
+        `statics` says of storages what they are and the layer that has them.
+        """
+        self.trace = Trace()
+        self.peak_bytes = self.live_bytes
+        alive = sorted((serial, identity) for identity, serial in self._of_storage.items())
+        for serial, identity in alive:
+            label, layer = statics.get(identity, ("batch", -1))
+            section = Section(0, BUILD, layer)
+            if not self.trace.sections or section != self.section:
+                self._begin(section)
+            self.trace.labels[serial] = label
+            self.trace.keys.append(serial)
+            self.trace.sizes.append(self._sizes[identity])
+        self._begin(Section(0, BUILD))
+
+    def gradients(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Says that these are gradients, and that what the optimizer does with each belongs to its layer."""
+        tensors = list(tensors)
+        self.label(tensors, "gradients")
+
+    def finish(self) -> Trace:
+        """The trace until now; nothing that follows is written down in it."""
+        trace, self.trace = self.trace, Trace()
+        return trace
 
     def enter(self, section: Section) -> None:
         """What follows belongs to this section."""
@@ -104,8 +126,8 @@ class Tracer(Ledger):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in GEMMS or func.namespace == "bitsandbytes":
-            self._workspace()
+        if self.section.kind == OPTIMIZER:
+            self._by_owner(args)
         scratch = self._scratch.get(func)
         taken = [(self._take(size), size) for size in scratch(args, kwargs)] if scratch is not None else ()
         stand_in = self._stand_ins.get(func)
@@ -135,11 +157,17 @@ class Tracer(Ledger):
         self.section = section
         self.trace.sections.append((len(self.trace.keys), len(self.trace.flops), section))
 
-    def _workspace(self) -> None:
+    def _by_owner(self, args: Any) -> None:
+        """In the optimizer, an operation on one layer's parameters belongs to that layer, and what follows from it."""
+        found = {self.owners.get(t.untyped_storage()._cdata) for t in _among(args)} - {None}
+        if len(found) == 1:
+            self.enter(Section(self.section.step, OPTIMIZER, found.pop() or 0))
+        elif found:
+            self.enter(Section(self.section.step, OPTIMIZER))
+
+    def take_workspace(self) -> None:
         """Forward and backward run on threads of their own, and each thread's cuBLAS takes a workspace for good."""
-        backward = self.section.kind == BACKWARD or self.section.kind == AFTER
-        if self._workspace_bytes and self.section.kind != BUILD and backward not in self._workspaces:
-            self._workspaces.add(backward)
+        if self._workspace_bytes:
             self.trace.labels[self._take(self._workspace_bytes)] = "workspaces"
 
     def _take(self, size: int) -> int:
@@ -172,3 +200,11 @@ class Tracer(Ledger):
         serial = self._of_storage.pop(key, None)
         if serial is not None:
             self._give(serial, size)
+
+
+def _among(values: Any) -> Iterable[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _among(value)

@@ -135,9 +135,9 @@ class Values:
         with _disable_current_modes():
             shadows = self._shadows(args, kwargs)
             random = torch.Tag.nondeterministic_seeded in func.tags
-            if shadows is not None and all(map(_worth, hollow)) and not (random and hollow[0].numel() > 64):
-                if self._compute(func, args, kwargs, outs, shadows, writes):
-                    return
+            possible = all(map(_worth, hollow)) and not (random and hollow[0].numel() > 64)
+            if shadows is not None and possible and self._compute(func, args, kwargs, outs, shadows, writes):
+                return
             if writes:
                 self._forget_written(schema, args, shadows)
                 return

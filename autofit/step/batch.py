@@ -28,12 +28,16 @@ class MicroBatch:
     targets: torch.Tensor
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.input_ids, self.positions, self.targets
+
+    @property
     def padded_tokens(self) -> int:
         return self.input_ids.numel()
 
     def to(self, device: str | torch.device) -> MicroBatch:
         """The same micro-batch on a device; from pinned host memory this does not wait."""
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets))
+        moved = (t.to(device, non_blocking=True) for t in self.tensors)
         return MicroBatch(*moved)
 
 

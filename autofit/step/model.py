@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 
@@ -25,19 +26,29 @@ from autofit.step.policy import StepPolicy
 QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 
 
-def build_model(candidate: Candidate, source: ModelSource, policy: StepPolicy, lora_alpha: int, seed: int) -> PeftModel:
+def build_model(
+    candidate: Candidate,
+    source: ModelSource,
+    policy: StepPolicy,
+    lora_alpha: int,
+    seed: int,
+    skeleton: PreTrainedModel | None = None,
+) -> PeftModel:
     """The model that trial and training run: base on `policy.device`, LoRA in float32 on it, in train mode.
 
-    Adapters (and random weights) are a function of `seed`.
+    Adapters (and random weights) are a function of `seed`. With a `skeleton` (of `empty_base`), the base is that one.
 
     Raises:
         UsageError: the folder is no model, or its linear layers are not where `lora_targets` says.
         torch.OutOfMemoryError: the weights alone do not fit.
     """
-    config = load_config(source)
     torch.manual_seed(seed)
-    make = random_base if source.random_weights else load_base
-    base = make(config, candidate, source, policy)
+    if skeleton is not None:
+        base = random_base(skeleton, candidate, policy)
+    elif source.random_weights:
+        base = random_base(skeleton_of(source, policy.weight_dtype, policy.attention), candidate, policy)
+    else:
+        base = load_base(load_config(source), candidate, source, policy)
     base.config.use_cache = False
     base.requires_grad_(False)
     if candidate.prepare_kbit:
@@ -91,7 +102,7 @@ def load_base(
 
 def empty_base(config: PreTrainedConfig, dtype: str, attention: str, trust_remote_code: bool = False) -> Any:
     """The base without storage: parameters on meta, buffers with their values."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         return AutoModelForCausalLM.from_config(
             config,
             dtype=getattr(torch, dtype),
@@ -100,15 +111,20 @@ def empty_base(config: PreTrainedConfig, dtype: str, attention: str, trust_remot
         )
 
 
-def random_base(
-    config: PreTrainedConfig, candidate: Candidate, source: ModelSource, policy: StepPolicy
-) -> PreTrainedModel:
-    """The base at full size with random weights, made on the device one module at a time.
+def skeleton_of(source: ModelSource, dtype: str, attention: str) -> Any:
+    """The source's base without storage.
+
+    Raises: as `load_config` does.
+    """
+    return empty_base(load_config(source), dtype, attention, source.trust_remote_code)
+
+
+def random_base(base: PreTrainedModel, candidate: Candidate, policy: StepPolicy) -> PreTrainedModel:
+    """The empty base at full size with random weights, made on the device one module at a time.
 
     Its memory and speed are those of the pretrained one: neither depends on the values.
     """
-    base = empty_base(config, policy.weight_dtype, policy.attention, source.trust_remote_code)
-    settings = quantization_config(candidate, config)
+    settings = quantization_config(candidate, base.config)
     quantizer = AutoHfQuantizer.from_config(settings) if settings is not None else None
     if quantizer is not None:
         quantizer.preprocess_model(model=base, device_map={"": policy.device}, dtype=getattr(torch, candidate.dtype))
@@ -165,32 +181,35 @@ def _quantize(module: nn.Module, placeholder: nn.Parameter | None, device: torch
 
 
 def set_checkpointing(base: PreTrainedModel, candidate: Candidate) -> None:
-    """Lets `checkpointed_layers` evenly spread layers recompute; offloads what they keep, if asked."""
+    """Lets the candidate's layers recompute; offloads what they keep, if asked."""
     if candidate.checkpointed_layers == 0:
         return
     layers = checkpointable_layers(base)
-    if candidate.checkpointed_layers > len(layers):
-        raise UsageError(f"checkpointed_layers {candidate.checkpointed_layers}: the model has only {len(layers)}")
+    flags = checkpointing_flags(candidate, len(layers))
+    offload = candidate.offload_activations == "checkpoints"
     if candidate.step != "autofit":
-        set_stock_checkpointing(base, candidate, len(layers))
-        return
-    base.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        offload=candidate.offload_activations == "checkpoints",
-    )
-    # Only re-entrant checkpointing needs inputs that require gradients; here they would only cost memory.
-    base.disable_input_require_grads()
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = is_checkpointed(i, candidate.checkpointed_layers, len(layers))
+        base.activation_checkpointing_enable(offload=offload)
+    else:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False}, offload=offload)
+        # Only re-entrant checkpointing needs inputs that require gradients; here they would only cost memory.
+        base.disable_input_require_grads()
+    for layer, flag in zip(layers, flags, strict=True):
+        layer.gradient_checkpointing = flag
 
 
-def set_stock_checkpointing(base: PreTrainedModel, candidate: Candidate, num_layers: int) -> None:
-    """What the Trainer does of `gradient_checkpointing` and its `every_n_layers` (1 is every layer).
+def checkpointing_flags(candidate: Candidate, num_layers: int) -> list[bool]:
+    """Which layers recompute: evenly spread ones; with a stock step every n-th, as `every_n_layers` has it.
 
     Raises:
-        UsageError: no `every_n_layers` leaves so many checkpointed layers.
+        UsageError: more layers than there are, or a number that no `every_n_layers` leaves.
     """
     wanted = candidate.checkpointed_layers
+    if wanted == 0:
+        return [False] * num_layers
+    if wanted > num_layers:
+        raise UsageError(f"checkpointed_layers {wanted}: the model has only {num_layers}")
+    if candidate.step == "autofit":
+        return [is_checkpointed(i, wanted, num_layers) for i in range(num_layers)]
     counts = {-(-num_layers // every): every for every in range(num_layers, 0, -1)}
     if wanted not in counts:
         valid = ", ".join(map(str, sorted(counts)))
@@ -198,9 +217,7 @@ def set_stock_checkpointing(base: PreTrainedModel, candidate: Candidate, num_lay
             f"checkpointed_layers {wanted} with step {candidate.step}: every n-th of {num_layers} layers "
             f"leaves one of {valid}"
         )
-    base.activation_checkpointing_enable(
-        every_n_layers=counts[wanted], offload=candidate.offload_activations == "checkpoints"
-    )
+    return [i % counts[wanted] == 0 for i in range(num_layers)]
 
 
 def checkpointable_layers(base: nn.Module) -> list[GradientCheckpointingLayer]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from autofit.space.candidate import Candidate
 from autofit.space.source import ModelSource
@@ -176,9 +176,16 @@ def _rows_are_whole() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = stock
 
 
-def build_step(candidate: Candidate, source: ModelSource, policy: StepPolicy, lora_alpha: int, seed: int) -> Step:
-    """The candidate's model and everything that its micro-batches need."""
-    model = build_model(candidate, source, policy, lora_alpha, seed)
+def build_step(
+    candidate: Candidate,
+    source: ModelSource,
+    policy: StepPolicy,
+    lora_alpha: int,
+    seed: int,
+    skeleton: PreTrainedModel | None = None,
+) -> Step:
+    """The candidate's model and everything that its micro-batches need. For `skeleton` see `build_model`."""
+    model = build_model(candidate, source, policy, lora_alpha, seed, skeleton)
     if candidate.step == "autofit":
         return Step(model, policy, LOSSES[candidate.loss], offload_context(model, candidate))
     recipe = RECIPES[candidate.step]

@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from autofit.memory.meter import Meter, open_meter
 from autofit.step.batch import MicroBatch
 from autofit.step.model import checkpointable_layers
-from autofit.step.optimizer import build_optimizer
 from autofit.step.policy import resolve_policy
+from autofit.step.rehearsal import Rehearsal
 from autofit.step.step import Step, build_step, costliest_batches
 from autofit.trial.phases import PhaseReport
 from autofit.trial.request import TrialRequest
@@ -47,6 +47,7 @@ class _Trial:
         self.meter: Meter = open_meter(request.device.type, request.cap_bytes)
         self.known: dict[str, int] = {}
         self.phase = "build"
+        self.gradients_at = 0.0
         self.progress: _LayerProgress | None = None
 
     def run(self) -> TrialResult:
@@ -54,6 +55,7 @@ class _Trial:
         step = self._build()
         vocabulary = step.model.get_input_embeddings().num_embeddings
         batches = costliest_batches(candidate, vocabulary)
+        self.meter.hold(tensor for batch in batches for tensor in batch.tensors)
         tokens_per_second = self._train(step, batches)
         training = self.meter.peaks()
         evaluation = self._measured("eval", lambda: [step.evaluate(batch) for batch in batches])
@@ -91,33 +93,19 @@ class _Trial:
 
     def _train(self, step: Step, batches: list[MicroBatch]) -> float:
         """Two optimizer steps on each micro-batch; returns tokens/s of the first, once warm."""
-        optimizer = build_optimizer(step.model, self.request.candidate, step.policy, learning_rate=1e-5)
+        rehearsal = Rehearsal(step, self.request.candidate)
         self.meter.reset_peak()
-        # What the Trainer keeps of earlier steps: its running losses.
-        running = torch.zeros(8, dtype=torch.float64, device=step.policy.device)
-        seconds = [self._steps(step, optimizer, batch) for batch in batches]
-        del running
-        return batches[0].padded_tokens / seconds[0]
+        speeds = [self._steps(rehearsal, batch) for batch in batches]
+        return speeds[0]
 
-    def _steps(self, step: Step, optimizer: torch.optim.Optimizer, batch: MicroBatch) -> float:
-        """Two optimizer steps, the second of two micro-batches where training accumulates; seconds of a warm one."""
-        seconds = 0.0
-        for count in (1, 2 if self.request.candidate.accumulates else 1):
-            normalizer = count * batch.targets.numel()
-            # Timed on the second step: the first one warms allocator and kernels up.
+    def _steps(self, rehearsal: Rehearsal, batch: MicroBatch) -> float:
+        """Padded tokens a second of forward and backward in the second step: the first warms allocator and kernels."""
+        for count in rehearsal.counts:
             self.meter.synchronize()
             start = time.perf_counter()
-            losses = [step.micro_batch(batch, normalizer)]
-            self.meter.synchronize()
-            seconds = time.perf_counter() - start
-            losses += [step.micro_batch(batch, normalizer) for _ in range(1, count)]
-            torch.stack(losses).sum()
-            self.meter.measure_context()
-            step.before_optimizer(optimizer)
-            self._enter("optimizer")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return seconds
+            rehearsal.optimizer_step(batch, count)
+            seconds = self.gradients_at - start
+        return count * batch.padded_tokens / seconds
 
     def _measured(self, phase: str, what: Callable[[], object]) -> int:
         """Runs a phase; returns its peak as the driver sees it, in bytes."""
@@ -129,6 +117,10 @@ class _Trial:
 
     def _enter(self, phase: str) -> None:
         self.phase = phase
+        if phase == "optimizer":
+            self.meter.synchronize()
+            self.gradients_at = time.perf_counter()
+            self.meter.measure_context()
         if phase == "backward" and self.progress is not None:
             self.progress.remove()
         self.report(phase, **self.known)

@@ -1,0 +1,103 @@
+"""Which layers of a model must be traced so that all of them are known.
+
+A layer's part of a step depends on what it is (its kind) and on what stands before and after it. So it is enough to
+trace a few layers in which every such neighbourhood of the whole model occurs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch import nn
+
+from autofit.step.model import checkpointable_layers
+
+_EDGE = object()
+
+
+def kept_layers(kinds: Sequence[Hashable]) -> list[int]:
+    """Indices of layers, in order, whose kinds in a row show every neighbourhood that the whole row has."""
+    kept = list(range(len(kinds)))
+    wanted = set(_neighbourhoods(kinds))
+    size = len(kept) // 2
+    while size:
+        start = 0
+        while start + size <= len(kept):
+            fewer = kept[:start] + kept[start + size :]
+            if wanted <= set(_neighbourhoods([kinds[i] for i in fewer])):
+                kept = fewer
+            else:
+                start += 1
+        size = min(size - 1, len(kept) // 2)
+    return kept
+
+
+def stands_for(kinds: Sequence[Hashable], kept: Sequence[int]) -> list[int]:
+    """For every layer of the whole row the position, among the kept ones, of one with the same neighbourhood."""
+    shown: dict[Hashable, int] = {}
+    for position, neighbourhood in enumerate(_neighbourhoods([kinds[i] for i in kept])):
+        shown.setdefault(neighbourhood, position)
+    return [shown[neighbourhood] for neighbourhood in _neighbourhoods(kinds)]
+
+
+def _neighbourhoods(kinds: Sequence[Hashable]) -> list[Hashable]:
+    row = [_EDGE, *kinds, _EDGE]
+    return [(row[i], row[i + 1], row[i + 2]) for i in range(len(kinds))]
+
+
+def layer_kinds(base: nn.Module) -> list[Hashable]:
+    """What tells a model's checkpointable layers apart: their modules, shapes and settings, their index aside."""
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if config is not None else None
+    layers = checkpointable_layers(base)
+    types = getattr(text, "layer_types", None)
+    if not isinstance(types, (list, tuple)) or len(types) != len(layers):
+        types = [None] * len(layers)
+    return [(kind, _signature(layer)) for kind, layer in zip(types, layers, strict=True)]
+
+
+def _signature(layer: nn.Module) -> Hashable:
+    parts: list[Hashable] = []
+    for name, module in layer.named_modules():
+        settings = tuple(
+            (key, value)
+            for key, value in vars(module).items()
+            if key not in ("layer_idx", "layer_id", "layer_number", "training") and _is_setting(value)
+        )
+        shapes = tuple((key, tuple(p.shape), p.dtype) for key, p in module.named_parameters(recurse=False))
+        parts.append((name, type(module), settings, shapes))
+    return tuple(parts)
+
+
+def _is_setting(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def keep_layers(base: nn.Module, kept: Sequence[int]) -> bool:
+    """Takes the other layers out of the model and of its config; whether the model is one that this can be done to."""
+    layers = checkpointable_layers(base)
+    holders = [m for m in base.modules() if isinstance(m, nn.ModuleList) and list(m) == layers]
+    if len(holders) != 1:
+        return False
+    shrunk = nn.ModuleList([layers[i] for i in kept])
+    for module in base.modules():
+        for name, child in list(module.named_children()):
+            if child is holders[0]:
+                setattr(module, name, shrunk)
+    base.config = _shrunk_config(base.config, len(layers), kept)  # type: ignore[assignment]
+    for module in base.modules():
+        if module is not base and hasattr(module, "config"):
+            module.config = base.config.get_text_config()  # type: ignore[union-attr, operator]
+    return True
+
+
+def _shrunk_config(config: Any, count: int, kept: Sequence[int]) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(text, name, [value[i] for i in kept])
+    text.num_hidden_layers = len(kept)
+    return config

@@ -1,0 +1,224 @@
+"""Traces a candidate's rehearsal: the model built, and its steps run, on meta tensors as on the target device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autofit.memory.dispatch import Dispatch
+from autofit.memory.shrink import keep_layers, kept_layers, layer_kinds, stands_for
+from autofit.memory.trace import AFTER, BACKWARD, BEFORE, BETWEEN, FORWARD, OPTIMIZER, Section, Trace, Tracer
+from autofit.memory.values import Values
+from autofit.space.candidate import Candidate
+from autofit.space.facts import DeviceFacts
+from autofit.space.source import ModelSource
+from autofit.step.batch import MicroBatch
+from autofit.step.model import checkpointable_layers, checkpointing_flags, skeleton_of
+from autofit.step.policy import resolve_policy
+from autofit.step.rehearsal import Rehearsal
+from autofit.step.step import Step, build_step, costliest_batches
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced rehearsal.
+
+    Attributes:
+        trace: of the layers that were traced.
+        layers: for each layer of the model, in order, which traced one stands for it.
+        unquantized: weights that stay as they are though others are quantized: name → bytes.
+        paged_bytes: optimizer states in managed memory, which no allocator counts.
+        trainable_parameters: of the whole model's adapters.
+        tokens: padded tokens of the costliest micro-batch.
+    """
+
+    trace: Trace
+    layers: list[int]
+    unquantized: dict[str, int]
+    paged_bytes: int
+    tokens: int
+
+
+def trace_candidate(
+    candidate: Candidate,
+    source: ModelSource,
+    device: DeviceFacts,
+    *,
+    whole: bool = False,
+    fill: bool = False,
+) -> Traced:
+    """Traces a candidate on a device that need not be there.
+
+    A few layers stand for all, unless `whole`. `fill` is what unknown masks are taken for (see `Values`).
+
+    Raises:
+        UsageError: no such model, or a candidate that cannot be built.
+    """
+    policy = replace(resolve_policy(candidate, device), device="meta")
+    skeleton = skeleton_of(source, policy.weight_dtype, policy.attention)
+    num_layers = len(checkpointable_layers(skeleton))
+    flags = checkpointing_flags(candidate, num_layers)
+    layers = list(range(num_layers))
+    if not whole:
+        kinds = list(zip(layer_kinds(skeleton), flags, strict=True))
+        kept = kept_layers(kinds)
+        if len(kept) < num_layers and keep_layers(skeleton, kept):
+            layers, flags = stands_for(kinds, kept), [flags[i] for i in kept]
+    built = candidate.replace(checkpointed_layers=len(flags) if any(flags) else 0)
+    on_cpu = device.type == "cpu"
+    tracer = Tracer(
+        Values(fill), workspace_bytes=0 if on_cpu else workspace_bytes(device), scratch=not on_cpu, host_too=on_cpu
+    )
+    with Dispatch(device) as dispatch, tracer:
+        step = build_step(built, source, policy, 2 * candidate.lora_rank, 0, skeleton)
+        for layer, flag in zip(checkpointable_layers(step.model), flags, strict=True):
+            layer.gradient_checkpointing = flag
+        tracer.hold([*step.model.parameters(), *step.model.buffers()])
+        trace, tokens = _Run(tracer, step, built, on_cpu).run()
+    trace.guesses = dict(tracer.values.guesses)
+    return Traced(
+        trace=trace,
+        layers=layers,
+        unquantized=unquantized_weights(step.model) if candidate.quantization_bits < 16 else {},
+        paged_bytes=sum(dispatch.paged),
+        tokens=tokens,
+    )
+
+
+def workspace_bytes(device: DeviceFacts) -> int:
+    """What cuBLAS takes at a thread's first product: 32 MiB from Hopper on, else 8.125 MiB (CublasHandlePool.cpp)."""
+    major = (device.compute_capability or (8, 0))[0]
+    return 32 * 2**20 if major in (9, 10, 12) else 8519680
+
+
+class _Run:
+    """The rehearsal under the tracer: labels what is there before it, and says which section each event belongs to."""
+
+    def __init__(self, tracer: Tracer, step: Step, candidate: Candidate, on_cpu: bool) -> None:
+        self.tracer = tracer
+        self.step = step
+        self.candidate = candidate
+        self.on_cpu = on_cpu
+        self.pass_number = 0
+        self.backward = False
+        self.layers = checkpointable_layers(step.model)
+
+    def run(self) -> tuple[Trace, int]:
+        """The trace, and the padded tokens of the costliest micro-batch."""
+        model = self.step.model
+        vocabulary = model.get_input_embeddings().num_embeddings
+        with contextlib.ExitStack() as off:
+            off.enter_context(_no_modes())
+            batches = costliest_batches(self.candidate, vocabulary)
+        if self.on_cpu:
+            batches = [MicroBatch(*(t.to("meta") for t in batch.tensors)) for batch in batches]
+        self.tracer.restart(self._statics())
+        rehearsal = Rehearsal(self.step, self.candidate)
+        self.step.report = self._enter
+        handles = self._watch_layers()
+        handles.append(rehearsal.optimizer.register_step_post_hook(self._stepped))
+        owners = {p.untyped_storage()._cdata: i for i, layer in enumerate(self.layers) for p in layer.parameters()}
+        self.tracer.owners = owners
+        for batch in batches:
+            for count in rehearsal.counts:
+                rehearsal.optimizer_step(batch, count)
+        for handle in handles:
+            handle.remove()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.tracer.label((s for p in trainable for s in _states(rehearsal.optimizer, p)), "optimizer")
+        return self.tracer.finish(), batches[0].padded_tokens
+
+    def _statics(self) -> dict[int, tuple[str, int]]:
+        """By storage: what it is and the layer that has it (−1: none)."""
+        model = self.step.model
+        found: dict[int, tuple[str, int]] = {}
+        groups = [(i, layer) for i, layer in enumerate(self.layers)] + [(-1, model)]
+        for layer, module in groups:
+            for parameter in module.parameters():
+                label = "adapters" if parameter.requires_grad else "weights"
+                for tensor in (parameter, *quantization_state(parameter)):
+                    found.setdefault(tensor.untyped_storage()._cdata, (label, layer))
+            for buffer in module.buffers():
+                found.setdefault(buffer.untyped_storage()._cdata, ("buffers", layer))
+        return found
+
+    def _enter(self, phase: str) -> None:
+        if phase == "forward":
+            self.backward = False
+            self.pass_number += 1
+            self.tracer.enter(Section(self.pass_number, BEFORE))
+            if self.pass_number == 1:
+                self.tracer.take_workspace()
+        elif phase == "backward":
+            self.backward = True
+            self.tracer.enter(Section(self.pass_number, BETWEEN))
+            if self.pass_number == 1:
+                self.tracer.take_workspace()
+        else:
+            self.tracer.gradients(p.grad for p in self.step.model.parameters() if p.grad is not None)
+            self.tracer.enter(Section(self.pass_number, OPTIMIZER))
+
+    def _stepped(self, *_: Any) -> None:
+        self.tracer.enter(Section(self.pass_number, AFTER))
+
+    def _watch_layers(self) -> list[Any]:
+        handles = []
+        for index, layer in enumerate(self.layers):
+            handles.append(layer.register_forward_pre_hook(self._at(index)))
+            handles.append(layer.register_forward_hook(self._after(index)))
+        return handles
+
+    def _at(self, index: int) -> Callable[..., None]:
+        def begin(*_: Any) -> None:
+            if not self.backward:
+                self.tracer.enter(Section(self.pass_number, FORWARD, index))
+
+        return begin
+
+    def _after(self, index: int) -> Callable[..., None]:
+        """After a layer's forward: the head's turn after the last; and a hook on what it returned, for its backward."""
+
+        def end(module: Any, args: Any, output: Any) -> None:
+            if self.backward:
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+                number = self.pass_number
+                hidden.register_hook(lambda _: self.tracer.enter(Section(number, BACKWARD, index)))
+            if index == len(self.layers) - 1:
+                self.tracer.enter(Section(self.pass_number, BETWEEN))
+
+        return end
+
+
+def _states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, torch.Tensor))
+
+
+def _no_modes() -> Any:
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+def quantization_state(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that bitsandbytes keeps beside a quantized weight."""
+    for owner in (getattr(parameter, "quant_state", None), parameter):
+        nested = getattr(owner, "state2", None)
+        for holder in (owner, nested):
+            for name in ("absmax", "code", "offset", "CB", "SCB"):
+                value = getattr(holder, name, None)
+                if isinstance(value, torch.Tensor):
+                    yield value
+
+
+def unquantized_weights(model: nn.Module) -> dict[str, int]:
+    """Base weights of two or more dimensions that are not quantized, by name: their bytes."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.is_floating_point() and parameter.dim() > 1:
+            found[name.removeprefix("base_model.model.")] = parameter.numel() * parameter.element_size()
+    return found
