@@ -63,6 +63,7 @@ def _register() -> list[torch.library.Library]:
             if operation is not None and name != "scaled_dot_product_attention":
                 aten.impl(name, _casting(operation, kind), _KEY)
     aten.impl("scaled_dot_product_attention", _attention, _KEY)
+    aten.impl("dropout", _dropout, _KEY)
     return [everything, aten]
 
 
@@ -99,6 +100,14 @@ def _attention(
             cast, _ = autocast.autocast_arguments("LOWER_PRECISION", inputs, {}, _active[-1].weights)
             query, key, value, attn_mask = cast
         return attend(_active[-1].device, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """On a GPU one kernel that keeps a mask of a byte an element; elsewhere a product with the noise."""
+    with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+        if input.device.type == "meta" and _active[-1].device.type == "cuda" and train and 0 < p < 1:
+            return torch.ops.aten.native_dropout(input, p, train)[0]
+        return torch.ops.aten.dropout(input, p, train)
 
 
 @contextlib.contextmanager

@@ -84,23 +84,28 @@ class Tracer(Ledger):
         self.section = Section(0, BUILD)
         self._begin(self.section)
 
-    def restart(self, statics: dict[int, tuple[str, int]]) -> None:
-        """Forgets how the model was built: the trace begins with what is alive now, in the order in which it came.
+    def built(self, statics: dict[int, tuple[str, int]]) -> None:
+        """The model stands: what it is made of is labelled, and how it was built gets its layers.
 
-        `statics` says of storages what they are and the layer that has them.
+        `statics` says of storages what they are and the layer that has them (−1: none). What was alive only while one
+        was made belongs to the next one that stayed.
         """
-        self.trace = Trace()
-        self.peak_bytes = self.live_bytes
-        alive = sorted((serial, identity) for identity, serial in self._of_storage.items())
-        for serial, identity in alive:
-            label, layer = statics.get(identity, ("batch", -1))
+        of_serial = {serial: statics[key] for key, serial in self._of_storage.items() if key in statics}
+        self.trace.labels = {serial: label for serial, (label, _) in of_serial.items()}
+        self.trace.sections = []
+        layer = -1
+        for event in reversed(range(len(self.trace.keys))):
+            if self.trace.sizes[event] != FREED and self.trace.keys[event] in of_serial:
+                layer = of_serial[self.trace.keys[event]][1]
             section = Section(0, BUILD, layer)
-            if not self.trace.sections or section != self.section:
-                self._begin(section)
-            self.trace.labels[serial] = label
-            self.trace.keys.append(serial)
-            self.trace.sizes.append(self._sizes[identity])
+            if self.trace.sections and self.trace.sections[-1][2] == section:
+                self.trace.sections.pop()
+            self.trace.sections.append((event, 0, section))
+        self.trace.sections.reverse()
+        self.trace.flops.clear()
+        self.trace.moved.clear()
         self._begin(Section(0, BUILD))
+        self.peak_bytes = self.live_bytes
 
     def gradients(self, tensors: Iterable[torch.Tensor]) -> None:
         """Says that these are gradients, and that what the optimizer does with each belongs to its layer."""

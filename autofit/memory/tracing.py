@@ -117,7 +117,7 @@ class _Run:
             batches = costliest_batches(self.candidate, vocabulary)
         if self.on_cpu:
             batches = [MicroBatch(*(t.to("meta") for t in batch.tensors)) for batch in batches]
-        self.tracer.restart(self._statics())
+        self.tracer.built(self._statics())
         rehearsal = Rehearsal(self.step, self.candidate)
         self.step.report = self._enter
         handles = self._watch_layers()
