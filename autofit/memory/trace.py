@@ -80,6 +80,7 @@ class Tracer(Ledger):
         self._counted = ("meta", "cpu") if host_too else ("meta",)
         self._serial = 0
         self._of_storage: dict[int, int] = {}
+        self._became: dict[int, int] = {}
         self.owners: dict[int, int] = {}
         self.section = Section(0, BUILD)
         self._begin(self.section)
@@ -88,24 +89,33 @@ class Tracer(Ledger):
         """The model stands: what it is made of is labelled, and how it was built gets its layers.
 
         `statics` says of storages what they are and the layer that has them (−1: none). What was alive only while one
-        was made belongs to the next one that stayed.
+        was made belongs to that one's layer.
         """
-        of_serial = {serial: statics[key] for key, serial in self._of_storage.items() if key in statics}
-        self.trace.labels = {serial: label for serial, (label, _) in of_serial.items()}
+        stayed = {serial: statics[key] for key, serial in self._of_storage.items() if key in statics}
+        self.trace.labels = {serial: label for serial, (label, _) in stayed.items()}
         self.trace.sections = []
         layer = -1
-        for event in reversed(range(len(self.trace.keys))):
-            if self.trace.sizes[event] != FREED and self.trace.keys[event] in of_serial:
-                layer = of_serial[self.trace.keys[event]][1]
+        for event, serial in enumerate(self.trace.keys):
+            made = serial
+            while made not in stayed and made in self._became:
+                made = self._became[made]
+            layer = stayed[made][1] if made in stayed else layer
             section = Section(0, BUILD, layer)
-            if self.trace.sections and self.trace.sections[-1][2] == section:
-                self.trace.sections.pop()
-            self.trace.sections.append((event, 0, section))
-        self.trace.sections.reverse()
+            if not self.trace.sections or self.trace.sections[-1][2] != section:
+                self.trace.sections.append((event, 0, section))
         self.trace.flops.clear()
         self.trace.moved.clear()
         self._begin(Section(0, BUILD))
         self.peak_bytes = self.live_bytes
+
+    def _made_of(self, args: Any, out: Any) -> None:
+        """While the model is built: what each allocation was turned into, in the end a part of the model."""
+        results = [self._of_storage.get(t.untyped_storage()._cdata) for t in _among((out,))]
+        made = next((serial for serial in results if serial is not None), None)
+        for tensor in _among(args):
+            serial = self._of_storage.get(tensor.untyped_storage()._cdata)
+            if made is not None and serial is not None and made > serial:
+                self._became[serial] = made
 
     def gradients(self, tensors: Iterable[torch.Tensor]) -> None:
         """Says that these are gradients, and that what the optimizer does with each belongs to its layer."""
@@ -146,6 +156,8 @@ class Tracer(Ledger):
             self._count_all(out)
         for key, size in taken:
             self._give(key, size)
+        if self.section.kind == BUILD:
+            self._made_of(args, out)
         flops, moved = operation_work(func, args, out)
         self.trace.flops.append(flops)
         self.trace.moved.append(moved)

@@ -21,6 +21,7 @@ from autofit.space.candidate import Candidate, is_checkpointed
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config
 from autofit.step.data_access import first_line, hub_error
+from autofit.step.offload import StashedActivations, save_checkpoints_on_host
 from autofit.step.policy import StepPolicy
 
 QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
@@ -54,8 +55,13 @@ def build_model(
     if candidate.prepare_kbit:
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     set_checkpointing(base, candidate)
+    if candidate.offload_activations == "checkpoints" and policy.device == "meta":
+        save_checkpoints_on_host(base)
     torch.manual_seed(seed)
     model = add_lora(base, candidate, lora_alpha)
+    if candidate.step == "autofit" and candidate.checkpointed_layers:
+        # Only re-entrant checkpointing needs inputs that require gradients; here they would only cost memory.
+        base.disable_input_require_grads()
     model.train()
     return model
 
@@ -191,8 +197,6 @@ def set_checkpointing(base: PreTrainedModel, candidate: Candidate) -> None:
         base.activation_checkpointing_enable(offload=offload)
     else:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False}, offload=offload)
-        # Only re-entrant checkpointing needs inputs that require gradients; here they would only cost memory.
-        base.disable_input_require_grads()
     for layer, flag in zip(layers, flags, strict=True):
         layer.gradient_checkpointing = flag
 
@@ -253,6 +257,8 @@ def offload_context(model: PeftModel, candidate: Candidate) -> contextlib.Abstra
     """What a micro-batch runs in: TRL's activation offloading for "all", nothing otherwise."""
     if candidate.offload_activations != "all":
         return contextlib.nullcontext()
+    if next(model.parameters()).is_meta:
+        return StashedActivations(model)
     from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
     return get_act_offloading_ctx_manager(model, warn_if_no_head=False)

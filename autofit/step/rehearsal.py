@@ -7,7 +7,7 @@ import torch
 from autofit.space.candidate import Candidate
 from autofit.step.batch import MicroBatch
 from autofit.step.optimizer import build_optimizer
-from autofit.step.step import Step
+from autofit.step.step import Step, StockStep
 
 
 class Rehearsal:
@@ -17,8 +17,9 @@ class Rehearsal:
         self.step = step
         self.candidate = candidate
         self.optimizer = build_optimizer(step.model, candidate, step.policy, learning_rate=1e-5)
-        # What the Trainer keeps of earlier steps: its running losses.
-        self._running = torch.zeros(8, dtype=torch.float64, device=step.policy.device)
+        device = step.policy.device
+        # What the Trainer keeps of earlier steps: its running losses. A stock step has its own.
+        self._running = None if isinstance(step, StockStep) else torch.zeros(8, dtype=torch.float64, device=device)
 
     @property
     def counts(self) -> tuple[int, int]:
