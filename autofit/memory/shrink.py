@@ -17,16 +17,19 @@ from autofit.step.model import checkpointable_layers
 _EDGE = object()
 
 
-def kept_layers(kinds: Sequence[Hashable]) -> list[int]:
-    """Indices of layers, in order, whose kinds in a row show every neighbourhood that the whole row has."""
+def kept_layers(kinds: Sequence[Hashable], reach: int = 1) -> list[int]:
+    """Indices of layers, in order, whose kinds in a row show every neighbourhood that the whole row has.
+
+    A neighbourhood is a layer's kind with those of the `reach` layers before and after it.
+    """
     kept = list(range(len(kinds)))
-    wanted = set(_neighbourhoods(kinds))
+    wanted = set(_neighbourhoods(kinds, reach))
     size = len(kept) // 2
     while size:
         start = 0
         while start + size <= len(kept):
             fewer = kept[:start] + kept[start + size :]
-            if wanted <= set(_neighbourhoods([kinds[i] for i in fewer])):
+            if wanted <= set(_neighbourhoods([kinds[i] for i in fewer], reach)):
                 kept = fewer
             else:
                 start += 1
@@ -34,17 +37,17 @@ def kept_layers(kinds: Sequence[Hashable]) -> list[int]:
     return kept
 
 
-def stands_for(kinds: Sequence[Hashable], kept: Sequence[int]) -> list[int]:
+def stands_for(kinds: Sequence[Hashable], kept: Sequence[int], reach: int = 1) -> list[int]:
     """For every layer of the whole row the position, among the kept ones, of one with the same neighbourhood."""
     shown: dict[Hashable, int] = {}
-    for position, neighbourhood in enumerate(_neighbourhoods([kinds[i] for i in kept])):
+    for position, neighbourhood in enumerate(_neighbourhoods([kinds[i] for i in kept], reach)):
         shown.setdefault(neighbourhood, position)
-    return [shown[neighbourhood] for neighbourhood in _neighbourhoods(kinds)]
+    return [shown[neighbourhood] for neighbourhood in _neighbourhoods(kinds, reach)]
 
 
-def _neighbourhoods(kinds: Sequence[Hashable]) -> list[Hashable]:
-    row = [_EDGE, *kinds, _EDGE]
-    return [(row[i], row[i + 1], row[i + 2]) for i in range(len(kinds))]
+def _neighbourhoods(kinds: Sequence[Hashable], reach: int) -> list[Hashable]:
+    row = [*[_EDGE] * reach, *kinds, *[_EDGE] * reach]
+    return [tuple(row[i : i + 2 * reach + 1]) for i in range(len(kinds))]
 
 
 def layer_kinds(base: nn.Module) -> list[Hashable]:

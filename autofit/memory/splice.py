@@ -42,12 +42,15 @@ class _Whole:
     """The trace that is being put together, and the keys in it of each (slot, layer, ordinal)."""
 
     trace: Trace
+    reach: int
     keys: dict[tuple[tuple[int, int, int], int, int], int] = field(default_factory=dict)
     serial: int = 0
 
 
-def splice(trace: Trace, layers: Sequence[int]) -> Trace:
+def splice(trace: Trace, layers: Sequence[int], reach: int = 1) -> Trace:
     """The trace of all layers; `layers[i]` is the traced layer that stands for layer i.
+
+    `reach` is how many layers away a layer may let something go.
 
     Raises:
         Unspliceable: see there.
@@ -56,7 +59,7 @@ def splice(trace: Trace, layers: Sequence[int]) -> Trace:
         return trace
     stretches = _stretches(trace)
     births = _births(trace, stretches)
-    whole = _Whole(Trace(guesses=trace.guesses))
+    whole = _Whole(Trace(guesses=trace.guesses), reach)
     run: list[_Stretch] = []
     for stretch in [*stretches, None]:
         if run and (stretch is None or stretch.section.layer < 0 or stretch.slot != run[0].slot):
@@ -104,15 +107,26 @@ def _emit_run(
     templates = {stretch.section.layer: stretch for stretch in run}
     if not set(layers) <= set(templates):
         raise Unspliceable(f"only layers {sorted(templates)} have a part in {run[0].section}")
-    backwards = run[0].section.kind == BACKWARD
-    for layer in reversed(range(len(layers))) if backwards else range(len(layers)):
-        _emit(whole, trace, births, templates[layers[layer]], layer, layers)
+    order = list(range(len(layers)))
+    if run[0].section.kind == BACKWARD:
+        order.reverse()
+    for layer in order:
+        _emit(whole, trace, births, templates[layers[layer]], layer, layers, closes=layer == order[-1])
 
 
 def _emit(
-    whole: _Whole, trace: Trace, births: dict[int, _Born], stretch: _Stretch, layer: int, layers: Sequence[int]
+    whole: _Whole,
+    trace: Trace,
+    births: dict[int, _Born],
+    stretch: _Stretch,
+    layer: int,
+    layers: Sequence[int],
+    closes: bool = True,
 ) -> None:
-    """One stretch for one layer of the whole model (−1: a stretch that belongs to none)."""
+    """One stretch for one layer of the whole model (−1: a stretch that belongs to none).
+
+    What `closes` a run lets go, of each layer that is another's likeness, of all that is still there.
+    """
     out = whole.trace
     section = Section(stretch.section.step, stretch.section.kind, layer)
     out.sections.append((len(out.keys), len(out.flops), section))
@@ -130,11 +144,11 @@ def _emit(
             out.keys.append(whole.serial)
             out.sizes.append(size)
             continue
-        places = _places(births[key], stretch.section.layer, layer, layers)
-        if layer < 0:
+        places = _places(births[key], stretch.section.layer, layer, layers, whole.reach, closes)
+        if closes:
             # A layer at an edge may leave to the head what another one leaves to its neighbour.
             places = [place for place in places if place in whole.keys]
-        if not places:
+        if not places and births[key].layer in layers:
             raise Unspliceable(f"{section} lets go of what nobody has")
         for place in places:
             freed = whole.keys.pop(place, None)
@@ -157,17 +171,17 @@ def _check_what_is_left(whole: _Whole, trace: Trace, births: dict[int, _Born], l
 
 
 def _places(
-    born: _Born, template: int, layer: int, layers: Sequence[int]
+    born: _Born, template: int, layer: int, layers: Sequence[int], reach: int, closes: bool
 ) -> list[tuple[tuple[int, int, int], int, int]]:
     """Whose allocations a release of the template stands for, in the whole model."""
     if born.layer < 0:
         if layer >= 0 and layers.count(template) > 1:
             raise Unspliceable(f"layer {layer} lets go of what belongs to no layer")
         return [(born.slot, -1, born.ordinal)]
-    if layer < 0:
+    if closes and born.layer != template:
         owners = [i for i, traced in enumerate(layers) if traced == born.layer]
         return [(born.slot, i, born.ordinal) for i in owners]
     distance = born.layer - template
-    if abs(distance) > 1:
+    if abs(distance) > reach:
         raise Unspliceable(f"layer {layer} reaches {abs(distance)} layers away")
     return [(born.slot, layer + distance, born.ordinal)]

@@ -18,7 +18,8 @@ from autofit.space.candidate import Candidate
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
 from autofit.step.batch import MicroBatch
-from autofit.step.model import checkpointable_layers, checkpointing_flags, skeleton_of
+from autofit.step.configs import load_config
+from autofit.step.model import checkpointable_layers, checkpointing_flags, empty_base, with_placeholders
 from autofit.step.policy import resolve_policy
 from autofit.step.rehearsal import Rehearsal
 from autofit.step.step import Step, build_step, costliest_batches
@@ -31,6 +32,7 @@ class Traced:
     Attributes:
         trace: of the layers that were traced.
         layers: for each layer of the model, in order, which traced one stands for it.
+        reach: how many layers away a layer may let something go.
         unquantized: weights that stay as they are though others are quantized: name → bytes.
         paged_bytes: optimizer states in managed memory, which no allocator counts.
         trainable_parameters: of the whole model's adapters.
@@ -39,6 +41,7 @@ class Traced:
 
     trace: Trace
     layers: list[int]
+    reach: int
     unquantized: dict[str, int]
     paged_bytes: int
     tokens: int
@@ -60,15 +63,18 @@ def trace_candidate(
         UsageError: no such model, or a candidate that cannot be built.
     """
     policy = replace(resolve_policy(candidate, device), device="meta")
-    skeleton = skeleton_of(source, policy.weight_dtype, policy.attention)
+    skeleton = empty_base(load_config(source), policy.weight_dtype, policy.attention, source.trust_remote_code)
     num_layers = len(checkpointable_layers(skeleton))
     flags = checkpointing_flags(candidate, num_layers)
     layers = list(range(num_layers))
+    # TRL's offloading keeps a tensor until the fifth after it.
+    reach = 6 if candidate.offload_activations == "all" else 1
     if not whole:
         kinds = list(zip(layer_kinds(skeleton), flags, strict=True))
-        kept = kept_layers(kinds)
+        kept = kept_layers(kinds, reach)
         if len(kept) < num_layers and keep_layers(skeleton, kept):
-            layers, flags = stands_for(kinds, kept), [flags[i] for i in kept]
+            layers, flags = stands_for(kinds, kept, reach), [flags[i] for i in kept]
+    with_placeholders(skeleton, candidate, policy)
     built = candidate.replace(checkpointed_layers=len(flags) if any(flags) else 0)
     on_cpu = device.type == "cpu"
     tracer = Tracer(
@@ -84,6 +90,7 @@ def trace_candidate(
     return Traced(
         trace=trace,
         layers=layers,
+        reach=reach,
         unquantized=unquantized_weights(step.model) if candidate.quantization_bits < 16 else {},
         paged_bytes=sum(dispatch.paged),
         tokens=tokens,

@@ -37,7 +37,7 @@ def build_model(
 ) -> PeftModel:
     """The model that trial and training run: base on `policy.device`, LoRA in float32 on it, in train mode.
 
-    Adapters (and random weights) are a function of `seed`. With a `skeleton` (of `empty_base`), the base is that one.
+    Adapters (and random weights) are a function of `seed`. With a `skeleton` (of `skeleton_of`), the base is that one.
 
     Raises:
         UsageError: the folder is no model, or its linear layers are not where `lora_targets` says.
@@ -45,9 +45,9 @@ def build_model(
     """
     torch.manual_seed(seed)
     if skeleton is not None:
-        base = random_base(skeleton, candidate, policy)
+        base = random_base(skeleton, policy)
     elif source.random_weights:
-        base = random_base(skeleton_of(source, policy.weight_dtype, policy.attention), candidate, policy)
+        base = random_base(skeleton_of(source, candidate, policy), policy)
     else:
         base = load_base(load_config(source), candidate, source, policy)
     base.config.use_cache = False
@@ -117,23 +117,30 @@ def empty_base(config: PreTrainedConfig, dtype: str, attention: str, trust_remot
         )
 
 
-def skeleton_of(source: ModelSource, dtype: str, attention: str) -> Any:
-    """The source's base without storage.
+def skeleton_of(source: ModelSource, candidate: Candidate, policy: StepPolicy) -> PreTrainedModel:
+    """The source's base without storage, ready for `random_base`.
 
     Raises: as `load_config` does.
     """
-    return empty_base(load_config(source), dtype, attention, source.trust_remote_code)
+    base = empty_base(load_config(source), policy.weight_dtype, policy.attention, source.trust_remote_code)
+    return with_placeholders(base, candidate, policy)
 
 
-def random_base(base: PreTrainedModel, candidate: Candidate, policy: StepPolicy) -> PreTrainedModel:
-    """The empty base at full size with random weights, made on the device one module at a time.
+def with_placeholders(base: PreTrainedModel, candidate: Candidate, policy: StepPolicy) -> PreTrainedModel:
+    """The empty base with bitsandbytes' layers where weights are to be quantized, still without storage."""
+    settings = quantization_config(candidate, base.config)
+    if settings is not None:
+        quantizer = AutoHfQuantizer.from_config(settings)
+        quantizer.preprocess_model(model=base, device_map={"": policy.device}, dtype=getattr(torch, candidate.dtype))
+        base.hf_quantizer = quantizer
+    return base
+
+
+def random_base(base: PreTrainedModel, policy: StepPolicy) -> PreTrainedModel:
+    """The empty base (`with_placeholders`) at full size with random weights, made on the device module by module.
 
     Its memory and speed are those of the pretrained one: neither depends on the values.
     """
-    settings = quantization_config(candidate, base.config)
-    quantizer = AutoHfQuantizer.from_config(settings) if settings is not None else None
-    if quantizer is not None:
-        quantizer.preprocess_model(model=base, device_map={"": policy.device}, dtype=getattr(torch, candidate.dtype))
     device = torch.device(policy.device)
     dtype = getattr(torch, policy.weight_dtype)
     base.tie_weights()
@@ -141,9 +148,8 @@ def random_base(base: PreTrainedModel, candidate: Candidate, policy: StepPolicy)
     for module in base.modules():
         _materialize(base, module, device, dtype, made)
     base.tie_weights()
-    if quantizer is not None:
-        base.hf_quantizer = quantizer
-        quantizer.postprocess_model(base)
+    if getattr(base, "hf_quantizer", None) is not None:
+        base.hf_quantizer.postprocess_model(base)
     return base
 
 
