@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from autofit.errors import AccessError, UsageError
-from autofit.space.models import hub_id, known_model, known_name, near_models
+from autofit.errors import UsageError
+from autofit.space.models import hub_id, known_model, known_name
 from autofit.space.source import ModelSource
 from autofit.step.data_access import did_you_mean, hub_error, is_hub_id, one_line
 
@@ -19,6 +21,7 @@ _MOST = {
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
     "num_hidden_layers": 2**13,
+    "n_layer": 2**13,
     "num_attention_heads": 2**16,
     "num_key_value_heads": 2**16,
     "head_dim": 2**16,
@@ -121,7 +124,7 @@ def quantized_bits(config: PreTrainedConfig, model: str) -> int | None:
     )
 
 
-def _wrong_size(config: PreTrainedConfig) -> str | None:
+def _wrong_size(config: PreTrainedConfig | SimpleNamespace) -> str | None:
     for name, most in _MOST.items():
         size = _get(config, name)
         if isinstance(size, int) and not 1 <= size <= most:
@@ -173,7 +176,7 @@ def _wrong_values(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _get(config: PreTrainedConfig, name: str) -> Any:
+def _get(config: PreTrainedConfig | SimpleNamespace, name: str) -> Any:
     """A config's value; None where it has none, or one for each layer."""
     try:
         return getattr(config, name, None)
@@ -193,16 +196,32 @@ def _shipped(source: ModelSource) -> PreTrainedConfig | None:
 
 
 def _read(source: ModelSource, where: str) -> PreTrainedConfig:
+    wrong = _wrong_file_size(Path(where) / "config.json")
+    if wrong is not None:
+        raise UsageError(f"model {source.model}: {wrong}")
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # a config class may raise anything on values that it did not expect
         access = hub_error("model", source.model, error)
-        near = near_models(source.model) if access is not None and "/" not in source.model else []
         if access is not None:
-            raise AccessError(f"{access}; known by shape: {', '.join(near)}" if near else str(access)) from error
+            raise access from error
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"model {source.model} brings its own code, which runs only if you allow it with --trust-remote-code "
                 "(trust_remote_code: true in a config file)"
             ) from error
         raise UsageError(f"model {source.model}: transformers rejects its config: {one_line(error)}") from error
+
+
+def _wrong_file_size(file: Path) -> str | None:
+    """The wrong size in a config file, found before a class is made of it.
+
+    Config classes divide by the heads and write lists as long as the layers: 10⁹ layers would fill the memory.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # none here, or transformers says what is wrong with it
+        return None
+    levels = [values, values.get("text_config")] if isinstance(values, dict) else []
+    found = (_wrong_size(SimpleNamespace(**level)) for level in levels if isinstance(level, dict))
+    return next((wrong for wrong in found if wrong is not None), None)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from autofit.errors import AccessError
+from autofit.space.models import near_models
 
 # A gated repository's error is one of the missing ones; so is a private one's, for who may not see it.
 _REFUSED = (RepositoryNotFoundError, DatasetNotFoundError)
@@ -44,7 +45,9 @@ def hub_error(kind: str, name: str, error: BaseException) -> AccessError | None:
     """What a failed load of the hub's `model` or `dataset` means, or None where access was not the matter."""
     causes = tuple(_chain(error))
     near = _nearest(Path(name))
+    shapes = near_models(name) if kind == "model" and "/" not in name else []
     hint = f"; did you mean the path {near}?" if near else ""
+    hint = hint or (f"; known by their shapes are {', '.join(shapes)}" if shapes else "")
     if any(isinstance(cause, _REFUSED) for cause in causes):
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
         return AccessError(

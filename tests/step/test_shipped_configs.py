@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from autofit.errors import UsageError
+from autofit.errors import AccessError, UsageError
 from autofit.space.models import MODELS, known_model
 from autofit.space.source import ModelSource
 from autofit.step.configs import check_config, load_config
@@ -100,6 +100,11 @@ def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
 def test_a_bare_name_has_no_weights_and_says_where_they_are():
     with pytest.raises(UsageError, match="meta-llama/Meta-Llama-3-8B"):
         load_config(ModelSource(model="llama-3-8b"))
+
+
+def test_a_misspelt_name_says_what_is_known():
+    with pytest.raises(AccessError, match="llama-3-8b"):
+        load_config(ModelSource(model="llama3-8b", random_weights=True))
 
 
 def test_a_bare_name_with_random_weights_cuts_text_into_bytes():
