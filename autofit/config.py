@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,16 +141,14 @@ def load_run_config(path: str | None, flags: Mapping[str, Any]) -> RunConfig:
     if values.get("model") is None and values.get("data") is None:
         values = {**EMBEDDED_PRESET, **values}
     where = f"{path}: " if path else ""
-    unknown = [key for key in values if key not in RunConfig.model_fields]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], RunConfig.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(RunConfig.model_fields)}"
-        raise UsageError(f"{where}unknown key {unknown[0]!r}; {hint}")
+    unknown = unknown_key(values, RunConfig.model_fields)
+    if unknown is not None:
+        raise UsageError(where + unknown)
     pins = _checked_pins(values.get("pin"))
     try:
         return RunConfig(**{**values, **pins})
     except ValidationError as error:
-        raise UsageError(where + _in_one_line(error)) from error
+        raise UsageError(where + in_one_line(error)) from error
 
 
 def _checked_pins(pins: object) -> dict[str, Any]:
@@ -187,7 +185,23 @@ def _listed(value: object) -> list[Any]:
     raise UsageError(f"{value!r} must be a list")
 
 
-def _in_one_line(error: ValidationError) -> str:
+def unknown_key(values: Collection[str], valid: Collection[str]) -> str | None:
+    """What to say of the first key that is not valid; None where all are."""
+    unknown = next((key for key in values if key not in valid), None)
+    if unknown is None:
+        return None
+    near = difflib.get_close_matches(unknown, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+    return f"unknown key {_shown(unknown)}; {hint}"
+
+
+def in_one_line(error: ValidationError) -> str:
+    """The first thing that is wrong: which field, its value, and what would be valid."""
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"])) or "config"
-    return f"{name} {first.get('input')!r}: {first['msg']}"
+    return f"{name} {_shown(first.get('input'))}: {first['msg']}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from autofit import __version__
+from autofit.cli.probe import probe
 from autofit.cli.run import run
 from autofit.errors import AutofitError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(probe)
 
 
 def _print_version(asked: bool) -> None:

@@ -27,6 +27,11 @@ def detect_device() -> DeviceFacts:
                 total_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
                 compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
             )
+    return cpu_facts()
+
+
+def cpu_facts() -> DeviceFacts:
+    """The CPU, with the memory that this process may use."""
     return DeviceFacts(type="cpu", name=f"CPU ({platform.machine()})", total_bytes=host_memory_bytes())
 
 

@@ -12,8 +12,10 @@ from autofit.errors import UsageError
 from autofit.space.facts import ModelFacts
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config, quantized_bits
-from autofit.step.data_access import one_line
+from autofit.step.data_access import is_hub_id, one_line
 from autofit.step.model import checkpointable_layers, empty_base
+
+_WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
 def inspect_model(source: ModelSource) -> ModelFacts:
@@ -56,9 +58,19 @@ def _empty(config: Any, source: ModelSource) -> tuple[Any, str]:
         return empty_base(config, "bfloat16", "eager", source.trust_remote_code), "eager"
 
 
+def has_weights(model: str) -> bool:
+    """Whether the weights are on disk: in the folder, or already in the hub's cache."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return any(file.name.endswith(_WEIGHTS) for file in folder.iterdir())
+    return is_hub_id(model) and _is_cached(model)
+
+
 def _is_here(model: str) -> bool:
-    """Whether the weights are on disk: a folder, or already in the hub's cache."""
-    if Path(model).is_dir():
-        return True
+    """Whether nothing has to be fetched: a folder, or already in the hub's cache."""
+    return Path(model).is_dir() or _is_cached(model)
+
+
+def _is_cached(model: str) -> bool:
     names = ("model.safetensors", "model.safetensors.index.json")
     return any(isinstance(try_to_load_from_cache(model, name), str) for name in names)

@@ -23,6 +23,7 @@ from autofit.step.configs import load_config
 from autofit.step.data_access import first_line, hub_error
 from autofit.step.offload import StashedActivations, save_checkpoints_on_host
 from autofit.step.policy import StepPolicy
+from autofit.step.targets import shortest_names, trainable_linears
 
 QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 
@@ -235,15 +236,20 @@ def checkpointable_layers(base: nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def _target_modules(base: PreTrainedModel, candidate: Candidate) -> list[str]:
+    if candidate.lora_targets != ("all-linear",):
+        return list(candidate.lora_targets)
+    return shortest_names(trainable_linears(base), (path for path, _ in base.named_modules() if path))
+
+
 def add_lora(base: PreTrainedModel, candidate: Candidate, lora_alpha: int) -> PeftModel:
     """LoRA on the target layers: in float32, or as TRL has it in bfloat16 on a quantized base."""
-    all_linear = candidate.lora_targets == ("all-linear",)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=candidate.lora_rank,
         lora_alpha=lora_alpha,
         lora_dropout=candidate.lora_dropout,
-        target_modules="all-linear" if all_linear else list(candidate.lora_targets),
+        target_modules=_target_modules(base, candidate),
     )
     try:
         model = get_peft_model(base, settings, autocast_adapter_dtype=True)

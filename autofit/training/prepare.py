@@ -14,11 +14,9 @@ from autofit.space.source import ModelSource
 from autofit.step.configs import require_weights
 from autofit.step.data import RawData, data_facts, load_data, prepare, split_eval
 from autofit.step.default_model import save_default_model
-from autofit.step.inspect import inspect_model
+from autofit.step.inspect import has_weights, inspect_model
 from autofit.step.tokenizer import LoadedTokenizer, byte_tokenizer, load_tokenizer
 from autofit.trial.phases import PhaseReport
-
-_WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
 def run_preparation(request: dict[str, Any], report: PhaseReport) -> dict[str, Any]:
@@ -75,7 +73,7 @@ def _model(request: dict[str, Any], base: Path) -> tuple[ModelSource, LoadedToke
         random_weights=request["random_weights"],
         trust_remote_code=request["trust_remote_code"],
     )
-    if folder.is_dir() and not source.random_weights and not any(p.name.endswith(_WEIGHTS) for p in folder.iterdir()):
+    if folder.is_dir() and not source.random_weights and not has_weights(source.model):
         raise UsageError(f"model {request['model']}: the folder has no weights; --random-weights makes some up")
     require_weights(source)
     loaded = load_tokenizer(source.model, source.trust_remote_code, allow_byte_tokenizer=source.random_weights)

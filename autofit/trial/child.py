@@ -16,6 +16,7 @@ from autofit.step.model import checkpointable_layers
 from autofit.step.policy import resolve_policy
 from autofit.step.rehearsal import Rehearsal
 from autofit.step.step import Step, build_step, costliest_batches
+from autofit.step.targets import lora_targets_used
 from autofit.trial.phases import PhaseReport
 from autofit.trial.request import TrialRequest
 from autofit.trial.result import TrialResult, TrialStatus
@@ -45,7 +46,7 @@ class _Trial:
         self.request = request
         self.report = report
         self.meter: Meter = open_meter(request.device.type, request.cap_bytes)
-        self.known: dict[str, int] = {}
+        self.known: dict[str, Any] = {}
         self.phase = "build"
         self.gradients_at = 0.0
         self.progress: _LayerProgress | None = None
@@ -87,6 +88,7 @@ class _Trial:
         self.meter.settle()
         self.known["static_bytes"] = self.meter.live_bytes()
         self.known["trainable_parameters"] = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+        self.known["lora_targets_used"] = lora_targets_used(step.model)
         step.report = self._enter
         self.progress = _LayerProgress(step, self.meter)
         return step
