@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from autofit.config import in_one_line, unknown_key
 from autofit.errors import AutofitError, UsageError
-from autofit.space.budget import CARDS
+from autofit.space.cards import CARDS
 from autofit.space.candidate import Candidate
 
 # Added to a case's fields, in this order; None where it is not known.

@@ -116,9 +116,15 @@ def _on_cpu(
 ) -> torch.Tensor:
     """The CPU is asked itself, with empty tensors of the same sizes, strides and gradients: it reads none of them."""
     with _disable_current_modes():
-        asked = [_stand_in(t) for t in (query, key, value, mask)]
-        choice = torch._fused_sdp_choice(  # type: ignore[attr-defined]
-            *asked[:3], attn_mask=asked[3], dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+        choice = torch._fused_sdp_choice(
+            _stand_in(query),
+            _stand_in(key),
+            _stand_in(value),
+            attn_mask=None if mask is None else _stand_in(mask),
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=grouped,
         )
     additive = _additive(mask, query.dtype)
     if choice == _CPU_FLASH:
@@ -130,9 +136,7 @@ def _on_cpu(
     )[0]
 
 
-def _stand_in(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    if tensor is None:
-        return None
+def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     reach = 1 + sum((size - 1) * stride for size, stride in pairs) if tensor.numel() else 0
     storage = torch.UntypedStorage(reach * tensor.element_size())

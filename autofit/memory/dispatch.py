@@ -21,7 +21,7 @@ from autofit.memory.stand_ins import stand_ins
 from autofit.space.facts import DeviceFacts
 
 _KEY = "AutocastIPU"
-_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastIPU)
+_KEYS = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY))
 _active: list[Dispatch] = []
 
 

@@ -89,7 +89,7 @@ def keep_layers(base: nn.Module, kept: Sequence[int]) -> bool:
         for name, child in list(module.named_children()):
             if child is holders[0]:
                 setattr(module, name, shrunk)
-    base.config = _shrunk_config(base.config, len(layers), kept)  # type: ignore[assignment]
+    base.config = _shrunk_config(base.config, len(layers), kept)
     for module in base.modules():
         if module is not base and hasattr(module, "config"):
             module.config = base.config.get_text_config()  # type: ignore[union-attr, operator]

@@ -90,7 +90,7 @@ def _trl() -> list[tuple[Any, str, Any]]:
         (chunked_logprob, "_addmm_fp32", _nothing),
     ]
     if not hasattr(chunked_logprob, "triton"):
-        chunked_logprob.triton = SimpleNamespace(cdiv=lambda a, b: -(-a // b))  # type: ignore[attr-defined]
+        chunked_logprob.triton = SimpleNamespace(cdiv=lambda a, b: -(-a // b))
     return pieces
 
 

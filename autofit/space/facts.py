@@ -25,7 +25,8 @@ class ModelFacts(_Facts):
 
     `weight_bytes_16bit` are the base weights at two bytes each; `download_bytes` what fetching them takes (0 where
     they are on disk or random); `quantized_bits` is set where the checkpoint is already quantized;
-    `checkpointable_layers` counts the layers that transformers can checkpoint (0 where it cannot).
+    `checkpointable_layers` counts the layers that transformers can checkpoint (0 where it cannot);
+    `chunked_loss` says whether the chunked loss can be right for it.
     """
 
     architecture: str
@@ -34,6 +35,7 @@ class ModelFacts(_Facts):
     checkpointable_layers: int
     max_positions: int | None
     attention: str = "sdpa"
+    chunked_loss: bool = True
     quantized_bits: int | None = None
     download_bytes: int = 0
 

@@ -35,6 +35,9 @@ def settle(
     values["quantization_bits"] = _bits(values.get("quantization_bits"), model, device)
     values["max_seq_length"] = _length(values.get("max_seq_length"), model, notes)
     values["checkpointed_layers"] = _layers(values.get("checkpointed_layers", 0), model, notes)
+    if not model.chunked_loss and values.get("loss") != "full":
+        values["loss"] = "full"
+        notes.append(f"loss full: {model.architecture} does not make its logits in one product")
     _check_device(values, device)
     try:
         return Candidate(**values), tuple(notes)

@@ -35,6 +35,8 @@ def make_wish(
     positions = model.max_positions or data.longest
     values.setdefault("dtype", dtype)
     values["attention"] = model.attention
+    if not model.chunked_loss:
+        values["loss"] = "full"
     values.setdefault("max_seq_length", positions)
     if values.setdefault("micro_batch_size", global_batch_size) > global_batch_size:
         raise UsageError(

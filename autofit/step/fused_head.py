@@ -58,7 +58,7 @@ def fused_outputs(
     labels = labels[:, 1:]
     head = base.get_output_embeddings()
     mask = labels != -100
-    scale, softcap = logit_transform(base.config.get_text_config())
+    scale, softcap = logit_transform(base.config)
     trained = mask.numel()
     scored = ChunkedLogProbFunction.apply(
         _Chosen.apply(hidden, mask, trained) if on_gpu else hidden.reshape(-1, hidden.size(-1)),

@@ -13,6 +13,7 @@ from autofit.space.facts import ModelFacts
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config, quantized_bits
 from autofit.step.data_access import is_hub_id, one_line
+from autofit.step.loss import supports_chunked_loss
 from autofit.step.model import checkpointable_layers, empty_base
 
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
@@ -25,7 +26,8 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         UsageError: no config, a config that transformers rejects, or no causal language model.
     """
     config = load_config(source)
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
         raise UsageError(f"model {source.model}: {type(config).__name__} is an encoder, not a causal language model")
     try:
         base, attention = _empty(config, source)
@@ -43,6 +45,7 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         checkpointable_layers=len(checkpointable_layers(base)) if base.supports_gradient_checkpointing else 0,
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
         attention=attention,
+        chunked_loss=supports_chunked_loss(base),
         quantized_bits=quantized_bits(config, source.model),
         download_bytes=0 if source.random_weights or _is_here(source.model) else 2 * parameters,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from autofit.step.configs import load_config
 from autofit.step.data_access import first_line, hub_error
 from autofit.step.offload import StashedActivations, save_checkpoints_on_host
 from autofit.step.policy import StepPolicy
-from autofit.step.targets import shortest_names, trainable_linears
+from autofit.step.targets import target_modules
 
 QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 
@@ -61,8 +62,7 @@ def build_model(
     torch.manual_seed(seed)
     model = add_lora(base, candidate, lora_alpha)
     if candidate.step == "autofit" and candidate.checkpointed_layers:
-        # Only re-entrant checkpointing needs inputs that require gradients; here they would only cost memory.
-        base.disable_input_require_grads()
+        _leave_inputs_alone(base)
     model.train()
     return model
 
@@ -146,16 +146,31 @@ def random_base(base: PreTrainedModel, policy: StepPolicy) -> PreTrainedModel:
     dtype = getattr(torch, policy.weight_dtype)
     base.tie_weights()
     made: dict[int, nn.Parameter] = {}
-    for module in base.modules():
-        _materialize(base, module, device, dtype, made)
+    for owner, module in _with_owners(base):
+        _materialize(owner, module, device, dtype, made)
     base.tie_weights()
-    if getattr(base, "hf_quantizer", None) is not None:
-        base.hf_quantizer.postprocess_model(base)
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.postprocess_model(base)
     return base
 
 
+def _with_owners(base: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
+    """Every module once, with the innermost model that it is part of: that one knows how to initialize it."""
+    seen: set[int] = set()
+    waiting: list[tuple[PreTrainedModel, nn.Module]] = [(base, base)]
+    while waiting:
+        owner, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        yield owner, module
+        waiting += [(owner, child) for child in reversed(list(module.children()))]
+
+
 def _materialize(
-    base: Any, module: nn.Module, device: torch.device, dtype: torch.dtype, made: dict[int, nn.Parameter]
+    owner: Any, module: nn.Module, device: torch.device, dtype: torch.dtype, made: dict[int, nn.Parameter]
 ) -> None:
     """Gives a module's own parameters random values on the device, quantized where its class says so."""
     placeholders = dict(module.named_parameters(recurse=False))
@@ -174,7 +189,7 @@ def _materialize(
         fresh.requires_grad = False
         module._parameters[name] = fresh
     with torch.no_grad():
-        base._init_weights(module)
+        owner._init_weights(module)
     _quantize(module, placeholders.get("weight"), device)
 
 
@@ -231,15 +246,17 @@ def checkpointing_flags(candidate: Candidate, num_layers: int) -> list[bool]:
     return [i % counts[wanted] == 0 for i in range(num_layers)]
 
 
+def _leave_inputs_alone(base: PreTrainedModel) -> None:
+    """Undoes that inputs require gradients, which transformers and then PEFT see to where a base is checkpointed.
+
+    Only re-entrant checkpointing needs it; here it would cost memory, and fail where embeddings are changed in place.
+    """
+    base.disable_input_require_grads()
+
+
 def checkpointable_layers(base: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that transformers checkpoints one by one, in order."""
     return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def _target_modules(base: PreTrainedModel, candidate: Candidate) -> list[str]:
-    if candidate.lora_targets != ("all-linear",):
-        return list(candidate.lora_targets)
-    return shortest_names(trainable_linears(base), (path for path, _ in base.named_modules() if path))
 
 
 def add_lora(base: PreTrainedModel, candidate: Candidate, lora_alpha: int) -> PeftModel:
@@ -249,7 +266,7 @@ def add_lora(base: PreTrainedModel, candidate: Candidate, lora_alpha: int) -> Pe
         r=candidate.lora_rank,
         lora_alpha=lora_alpha,
         lora_dropout=candidate.lora_dropout,
-        target_modules=_target_modules(base, candidate),
+        target_modules=target_modules(base, candidate.lora_targets),
     )
     try:
         model = get_peft_model(base, settings, autocast_adapter_dtype=True)

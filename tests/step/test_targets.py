@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Mamba2Config
+from transformers import AutoModelForCausalLM, GPT2Config, Llama4TextConfig, LlamaConfig, Mamba2Config, Qwen3MoeConfig
 
 from autofit.space.candidate import Candidate
 from autofit.step.model import add_lora
-from autofit.step.targets import adapted_layers, lora_targets_used, shortest_names, trainable_linears
+from autofit.step.targets import lora_targets_used, shortest_names, target_modules
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 CONFIGS = {
@@ -22,28 +22,52 @@ CONFIGS = {
 PLAIN = Candidate(micro_batch_size=1, max_seq_length=8, dtype="float32")
 
 
+def adapters(model):
+    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_names_of_the_adapted_layers_give_the_same_layers_again(name):
     model = add_lora(AutoModelForCausalLM.from_config(CONFIGS[name]), PLAIN, 32)
     names = lora_targets_used(model)
     again = add_lora(AutoModelForCausalLM.from_config(CONFIGS[name]), PLAIN.replace(lora_targets=tuple(names)), 32)
-    assert adapted_layers(again) == adapted_layers(model)
+    assert adapters(again) == adapters(model)
     assert lora_targets_used(again) == names
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_all_linear_is_pefts_where_peft_can(name):
     theirs = get_peft_model(
-        AutoModelForCausalLM.from_config(CONFIGS[name]), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+        AutoModelForCausalLM.from_config(CONFIGS[name]),
+        LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"),
     )
     base = AutoModelForCausalLM.from_config(CONFIGS[name])
-    assert trainable_linears(base) == adapted_layers(theirs)
-    assert adapted_layers(add_lora(base, PLAIN, 32)) == adapted_layers(theirs)
+    assert target_modules(base, ("all-linear",)) == "all-linear"
+    assert adapters(add_lora(base, PLAIN, 32)) == adapters(theirs)
 
 
 def test_what_peft_refuses_is_left_out():
     model = add_lora(AutoModelForCausalLM.from_config(CONFIGS["mamba2"]), PLAIN, 32)
     assert lora_targets_used(model) == ["in_proj"]
+
+
+def test_a_router_that_answers_a_tuple_is_left_out():
+    config = Llama4TextConfig(**SMALL, intermediate_size=64, intermediate_size_mlp=64, num_local_experts=2)
+    model = add_lora(AutoModelForCausalLM.from_config(config), PLAIN, 32)
+    assert "router" not in lora_targets_used(model)
+    assert "shared_expert.down_proj" in " ".join(adapters(model))
+
+
+def test_experts_that_are_fused_into_tensors_keep_the_names_of_their_projections():
+    config = Qwen3MoeConfig(
+        **SMALL, num_key_value_heads=2, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
+    )
+    model = add_lora(AutoModelForCausalLM.from_config(config), PLAIN, 32)
+    names = lora_targets_used(model)
+    assert {"gate_proj", "up_proj", "down_proj"} < set(names)
+    assert any("experts" in name for name in adapters(model))
+    again = add_lora(AutoModelForCausalLM.from_config(config), PLAIN.replace(lora_targets=tuple(names)), 32)
+    assert adapters(again) == adapters(model)
 
 
 PATHS = st.lists(
