@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from autofit.config import in_one_line, unknown_key
 from autofit.errors import AutofitError, UsageError
-from autofit.space.cards import CARDS
 from autofit.space.candidate import Candidate
+from autofit.space.cards import CARDS
 
 # Added to a case's fields, in this order; None where it is not known.
 ANSWERED = (

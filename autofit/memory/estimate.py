@@ -1,0 +1,125 @@
+"""What a candidate's step will take, known before it runs: traced on meta tensors, no device and no weights needed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autofit.memory.allocator import CachingAllocator
+from autofit.memory.breakdown import PARTS, find_peak
+from autofit.memory.calibration import ON_CPU, UNCALIBRATED, Calibration
+from autofit.memory.roofline import step_seconds
+from autofit.memory.splice import Unspliceable, splice
+from autofit.memory.trace import Trace
+from autofit.memory.tracing import Traced, trace_candidate
+from autofit.space.candidate import Candidate
+from autofit.space.cards import Card, card_of
+from autofit.space.facts import DeviceFacts
+from autofit.space.source import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """An estimate of a candidate on a device. Sizes in bytes; the peaks are the training steps'.
+
+    Attributes:
+        peak_allocated_bytes, peak_reserved_bytes: tensors; the caching allocator.
+        device_bytes: what the driver will show: reserved, and the CUDA context.
+        tokens_per_second: padded tokens of a warm micro-batch; None on a CPU or for a card that is not known.
+        breakdown_bytes: at the moment of the peak; adds up to `device_bytes`.
+        peak_phase: where in the step the peak is.
+        unquantized: base weights that stay as they are though others are quantized: name → bytes.
+        paged_bytes: optimizer states in managed memory; the driver moves them to the host where room is short.
+        bracket: lowest and highest `peak_allocated_bytes`, only where values decide that nobody has.
+        guesses: what was made up for values that nobody has, and how often.
+        seconds: what the estimate took.
+    """
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_bytes: int
+    tokens_per_second: float | None
+    breakdown_bytes: dict[str, int]
+    peak_phase: str
+    unquantized: dict[str, int] = field(default_factory=dict)
+    paged_bytes: int = 0
+    bracket: tuple[int, int] | None = None
+    guesses: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types."""
+        return asdict(self)
+
+
+def estimate(
+    candidate: Candidate, source: ModelSource, device: DeviceFacts, calibration: Calibration | None = None
+) -> Estimate:
+    """What the candidate's steps take on the device, which need not be there.
+
+    Raises:
+        UsageError: no such model, or a candidate that it cannot be built for.
+        Untraceable: a model whose step cannot be run without values; says why.
+    """
+    start = time.perf_counter()
+    traced, trace = whole_trace(candidate, source, device)
+    if device.type == "cpu":
+        calibration = ON_CPU
+    measured = _measure(trace, candidate, device, calibration or UNCALIBRATED)
+    card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
+    return Estimate(
+        **measured,
+        tokens_per_second=_speed(traced, trace, candidate, card, calibration or UNCALIBRATED),
+        unquantized=traced.unquantized,
+        paged_bytes=traced.paged_bytes,
+        guesses=trace.guesses,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def whole_trace(candidate: Candidate, source: ModelSource, device: DeviceFacts) -> tuple[Traced, Trace]:
+    """The trace of all layers: put together from a few where that is possible, else of every one."""
+    with contextlib.suppress(Unspliceable):
+        traced = trace_candidate(candidate, source, device)
+        return traced, splice(traced.trace, traced.layers, traced.reach)
+    traced = trace_candidate(candidate, source, device, whole=True)
+    return traced, traced.trace
+
+
+def _measure(trace: Trace, candidate: Candidate, device: DeviceFacts, calibration: Calibration) -> dict[str, Any]:
+    peak = find_peak(trace)
+    allocated = reserved = peak.live_bytes
+    if device.type == "cuda":
+        allocated, reserved = replay(trace, expandable_segments=candidate.step == "autofit")
+    allocated += calibration.allocated_bytes
+    reserved += calibration.allocated_bytes
+    parts = {**peak.parts, PARTS[-2]: reserved - peak.live_bytes, PARTS[-1]: calibration.context_bytes}
+    return {
+        "peak_allocated_bytes": allocated,
+        "peak_reserved_bytes": reserved,
+        "device_bytes": reserved + calibration.context_bytes,
+        "breakdown_bytes": parts,
+        "peak_phase": str(peak.section),
+    }
+
+
+def replay(trace: Trace, *, expandable_segments: bool) -> tuple[int, int]:
+    """(peak allocated, peak reserved) bytes of the caching allocator, once the model stands and its cache is emptied."""
+    allocator = CachingAllocator(expandable_segments=expandable_segments)
+    begin = next(event for event, _, section in trace.sections if section.step)
+    allocator.replay(trace.keys[:begin], trace.sizes[:begin])
+    allocator.empty_cache()
+    allocator.reset_peak()
+    allocator.replay(trace.keys[begin:], trace.sizes[begin:])
+    return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+
+
+def _speed(
+    traced: Traced, trace: Trace, candidate: Candidate, card: Card | None, calibration: Calibration
+) -> float | None:
+    if card is None:
+        return None
+    micro_batches = 2 if candidate.accumulates else 1
+    return micro_batches * traced.tokens / step_seconds(trace, card) * calibration.speed
