@@ -39,7 +39,7 @@ class Peak:
 
 
 def find_peak(trace: Trace) -> Peak:
-    """The peak of a trace's steps. Building the model is not among them: what it took is given back before the first."""
+    """The peak of a trace's steps. Building the model is none: what it took beside is given back before the first."""
     sizes = [0] * (1 + max(trace.keys, default=0))
     begin = next(event for event, _, section in trace.sections if section.step)
     live = most = 0

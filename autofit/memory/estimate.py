@@ -106,7 +106,7 @@ def _measure(trace: Trace, candidate: Candidate, device: DeviceFacts, calibratio
 
 
 def replay(trace: Trace, *, expandable_segments: bool) -> tuple[int, int]:
-    """(peak allocated, peak reserved) bytes of the caching allocator, once the model stands and its cache is emptied."""
+    """(peak allocated, peak reserved) bytes of the caching allocator, once the model stands, its cache emptied."""
     allocator = CachingAllocator(expandable_segments=expandable_segments)
     begin = next(event for event, _, section in trace.sections if section.step)
     allocator.replay(trace.keys[:begin], trace.sizes[:begin])

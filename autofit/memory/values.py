@@ -24,6 +24,9 @@ MAX_KNOWN_INTEGERS = 1 << 22
 MAX_KNOWN_FLOATS = 1 << 11
 INTEGERS = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
+# Their result has the same values whatever the input holds.
+_SAME_WHATEVER = frozenset(("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"))
+
 # Operations whose result has as many elements as some value says.
 SHAPED_BY_VALUES = frozenset(
     (
@@ -53,7 +56,7 @@ class Values:
     """Runs operations on meta tensors and keeps track of what is known of the results.
 
     Attributes:
-        guesses: how often a value that nobody has was made up, by what for ("mask", "routing by topk", …).
+        guesses: how often a value was read that nobody has, by what was taken for it ("even routing by topk", …).
         fill: what an unknown boolean mask is taken for; a result that depends on it is a bracket.
     """
 
@@ -61,6 +64,7 @@ class Values:
         self.guesses: Counter[str] = Counter()
         self.fill = fill
         self._known: dict[int, torch.UntypedStorage] = {}
+        self._guessed: dict[int, str] = {}
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation; its result as meta tensors, remembered where its inputs are known."""
@@ -121,6 +125,20 @@ class Values:
     def guess(self, what: str) -> None:
         self.guesses[what] += 1
 
+    def _read(self, tensors: Any) -> None:
+        """These values decide what runs: those that were made up are on record from now on."""
+        for tensor in _tensors(tensors):
+            what = self._guessed.get(tensor.untyped_storage()._cdata) if tensor.device.type == "meta" else None
+            if what is not None:
+                self.guess(what)
+
+    def _made_up(self, tensor: torch.Tensor, what: str) -> None:
+        """The tensor's values are a guess, or follow from one."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._guessed:
+            self._guessed[storage._cdata] = what
+            weakref.finalize(storage, self._guessed.pop, storage._cdata, None)
+
     def _learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outs: tuple[torch.Tensor, ...]) -> None:
         hollow = [t for t in outs if t.device.type == "meta"]
         if not hollow:
@@ -133,6 +151,10 @@ class Values:
         if name.startswith(("empty", "new_empty")) or name in ("detach", "alias"):
             return
         with _disable_current_modes():
+            if name in _SAME_WHATEVER:
+                shadows, _ = self._zeros_for_unknown(args, kwargs)
+                self._compute(func, args, kwargs, outs, shadows, writes)
+                return
             shadows = self._shadows(args, kwargs)
             random = torch.Tag.nondeterministic_seeded in func.tags
             possible = all(map(_worth, hollow)) and not (random and hollow[0].numel() > 64)
@@ -146,9 +168,9 @@ class Values:
                     value, what = index_guess(name, args, kwargs, out, self.fill)
                     if value is None:
                         continue
-                    if what:
-                        self.guess(what)
                     self.remember(out, value)
+                    if what:
+                        self._made_up(out, what)
 
     def _compute(
         self,
@@ -164,10 +186,15 @@ class Values:
             values = func(*_real(args, shadows), **_real(kwargs, shadows))
         except Exception:
             return False
-        if not writes:
-            for out, value in zip(outs, _tensors(values), strict=False):
-                if out.device.type == "meta" and out.shape == value.shape:
-                    self.remember(out, value)
+        if writes:
+            return True
+        guesses = [self._guessed.get(t.untyped_storage()._cdata) for t in _tensors((args, tuple(kwargs.values())))]
+        guess = next((what for what in guesses if what is not None), None)
+        for out, value in zip(outs, _tensors(values), strict=False):
+            if out.device.type == "meta" and out.shape == value.shape:
+                self.remember(out, value)
+                if guess is not None:
+                    self._made_up(out, guess)
         return True
 
     def _shadows(self, args: Any, kwargs: Any) -> dict[int, torch.Tensor] | None:
@@ -233,6 +260,7 @@ class Values:
         with _disable_current_modes():
             shadow = self.shadow(tensor)
             if shadow is not None:
+                self._read((tensor,))
                 return True, shadow.item()
         self.guess(f"a {str(tensor.dtype).removeprefix('torch.')} read by the host")
         return True, self.fill if tensor.dtype is torch.bool else 1.0 if tensor.dtype.is_floating_point else 0
@@ -258,6 +286,7 @@ class Values:
                 return False, args
         with _disable_current_modes():
             shadow = self.shadow(source)
+        self._read((source,))
         if shadow is None:
             self.guess("a tensor copied to the host")
             shadow = torch.zeros(source.shape, dtype=source.dtype)
@@ -277,6 +306,7 @@ class Values:
             if index is None or (index.device.type == "meta" and index.dtype not in (torch.bool, torch.uint8)):
                 new.append(index)
                 continue
+            self._read((index,))
             with _disable_current_modes():
                 shadow = self.shadow(index)
                 if shadow is None:
@@ -291,6 +321,7 @@ class Values:
             return False, args
         with _disable_current_modes():
             shadows, known = self._zeros_for_unknown(args, kwargs)
+            self._read((args, tuple(kwargs.values())))
             if not known:
                 self.guess(func._schema.name.partition("::")[2])
                 if self.fill:

@@ -10,6 +10,7 @@ from datasets import DatasetDict
 
 from autofit.errors import UsageError
 from autofit.memory.device import detect_device
+from autofit.space.facts import ModelFacts
 from autofit.space.source import ModelSource
 from autofit.step.configs import require_weights
 from autofit.step.data import RawData, data_facts, load_data, prepare, split_eval
@@ -47,7 +48,7 @@ def run_preparation(request: dict[str, Any], report: PhaseReport) -> dict[str, A
         "model": model.to_json(),
         "data": facts.to_json(),
         "device": device.to_json(),
-        "notes": [*loaded.notes, *prepared.notes, *_defaults_taken(request, raw)],
+        "notes": [*loaded.notes, *prepared.notes, *_defaults_taken(request, raw), *_loss_taken(model)],
     }
 
 
@@ -60,6 +61,12 @@ def _defaults_taken(request: dict[str, Any], raw: RawData) -> list[str]:
     if "messages" in raw.dataset.column_names:
         notes.append("every turn of a conversation is trained, the user's too; prompt/completion trains answers only")
     return notes
+
+
+def _loss_taken(model: ModelFacts) -> list[str]:
+    if model.chunked_loss:
+        return []
+    return [f"loss full: {model.architecture} does not make its logits in one product"]
 
 
 def _model(request: dict[str, Any], base: Path) -> tuple[ModelSource, LoadedTokenizer]:

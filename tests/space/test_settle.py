@@ -49,6 +49,13 @@ def test_a_length_beyond_the_positions_is_kept_and_noted():
     assert "1024 positions" in notes[0]
 
 
+def test_the_full_loss_is_taken_where_the_chunked_one_cannot_be_right():
+    candidate, notes = settled({"loss": "chunked"}, facts(chunked_loss=False))
+    assert candidate.loss == "full"
+    assert "loss full" in notes[0]
+    assert settled({"loss": "full"}, facts(chunked_loss=False))[1] == ()
+
+
 def test_a_quantized_checkpoint_keeps_its_bits():
     assert settled({}, facts(quantized_bits=8))[0].quantization_bits == 8
     with pytest.raises(UsageError, match="already quantized to 8 bits"):

@@ -42,6 +42,11 @@ def test_a_quantized_checkpoint_pins_its_bits():
         wish(model=quantized, quantization_bits=4)
 
 
+def test_the_full_loss_where_the_chunked_one_cannot_be_right():
+    other = ModelFacts(**{**EIGHT_B.to_json(), "chunked_loss": False})
+    assert wish(other).loss == "full"
+
+
 def test_what_the_user_set_is_the_wish():
     candidate = wish(micro_batch_size=2, lora_rank=64, max_seq_length=1024, checkpointed_layers=8)
     assert (candidate.micro_batch_size, candidate.lora_rank, candidate.max_seq_length) == (2, 64, 1024)
