@@ -28,6 +28,11 @@ from loss_check import loss_difference
 from tiny_architectures import ARCHITECTURES, tiny_config
 
 from autofit.cases import Case, make_case
+from autofit.memory.device import cpu_facts
+from autofit.memory.estimate import estimate
+from autofit.space.settle import settle
+from autofit.space.source import ModelSource
+from autofit.step.inspect import inspect_model
 from autofit.training.workspace import environment
 from autofit.trial.phases import PhaseReport
 from autofit.trial.probe import run_probe
@@ -60,20 +65,15 @@ def probed(case: Case) -> dict[str, Any]:
     return {**run_probe(request, report), **report.record}
 
 
-def estimated(case: Case) -> dict[str, Any] | None:
-    """The estimate of a case; None as long as there is no estimator."""
-    try:
-        from autofit.memory.estimate import estimate_case
-    except ImportError:
-        return None
-    found: dict[str, Any] = estimate_case(case)
-    return found
+def estimated(case: Case) -> dict[str, Any]:
+    """The estimate of a case for the CPU."""
+    source = ModelSource(model=case.model, random_weights=True)
+    candidate, _ = settle(case.asked, inspect_model(source), cpu_facts(), "float32")
+    return estimate(candidate, source, cpu_facts()).to_json()
 
 
-def verdict(measured: int, estimate: dict[str, Any] | None) -> str:
-    """exact, bracket (marked, and it holds), 1 % or wrong; - without an estimate."""
-    if estimate is None:
-        return "-"
+def verdict(measured: int, estimate: dict[str, Any]) -> str:
+    """exact, bracket (marked, and it holds), 1 % or wrong."""
     guess, bracket = estimate.get("peak_allocated_bytes"), estimate.get("bracket")
     if guess == measured:
         return "exact"
@@ -111,17 +111,18 @@ def _mode(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
     case = make_case({**common, "dtype": "float32", "quantization_bits": 16, **fields})
     found = probed(case)
     try:
-        estimate = estimated(case)
+        answer = estimated(case)
     except Exception as error:
         # What was measured could be estimated: this is no reason to skip it.
-        estimate = {"error": _in_one_line(error)}
+        answer = {"error": _in_one_line(error)}
     measured = found["peak_allocated_bytes"]
     return {
         "measured_bytes": measured,
-        "estimated_bytes": (estimate or {}).get("peak_allocated_bytes"),
-        "bracket": (estimate or {}).get("bracket"),
-        "estimate_error": (estimate or {}).get("error"),
-        "verdict": verdict(measured, estimate),
+        "estimated_bytes": answer.get("peak_allocated_bytes"),
+        "bracket": answer.get("bracket"),
+        "guesses": answer.get("guesses"),
+        "estimate_error": answer.get("error"),
+        "verdict": verdict(measured, answer),
         "checkpointed_layers": found["candidate"]["checkpointed_layers"],
         "loss": found["candidate"]["loss"],
         "lora_targets_used": found["lora_targets_used"],

@@ -68,23 +68,35 @@ def estimate(
     if device.type == "cpu":
         calibration = ON_CPU
     measured = _measure(trace, candidate, device, calibration or UNCALIBRATED)
+    peak = measured["peak_allocated_bytes"]
+    bracket = None
+    if trace.guesses or traced.undecided:
+        _, contrary = whole_trace(candidate, source, device, fill=True)
+        other = _measure(contrary, candidate, device, calibration or UNCALIBRATED)["peak_allocated_bytes"]
+        bracket = None if other == peak else (min(peak, other), max(peak, other))
     card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
     return Estimate(
         **measured,
         tokens_per_second=_speed(traced, trace, candidate, card, calibration or UNCALIBRATED),
         unquantized=traced.unquantized,
         paged_bytes=traced.paged_bytes,
+        bracket=bracket,
         guesses=trace.guesses,
         seconds=time.perf_counter() - start,
     )
 
 
-def whole_trace(candidate: Candidate, source: ModelSource, device: DeviceFacts) -> tuple[Traced, Trace]:
-    """The trace of all layers: put together from a few where that is possible, else of every one."""
+def whole_trace(
+    candidate: Candidate, source: ModelSource, device: DeviceFacts, *, fill: bool = False
+) -> tuple[Traced, Trace]:
+    """The trace of all layers: put together from a few where that is possible, else of every one.
+
+    `fill` is what unknown masks are taken for, see `guesses`.
+    """
     with contextlib.suppress(Unspliceable):
-        traced = trace_candidate(candidate, source, device)
+        traced = trace_candidate(candidate, source, device, fill=fill)
         return traced, splice(traced.trace, traced.layers, traced.reach)
-    traced = trace_candidate(candidate, source, device, whole=True)
+    traced = trace_candidate(candidate, source, device, whole=True, fill=fill)
     return traced, traced.trace
 
 

@@ -1,4 +1,8 @@
-"""What an integer made from unknown values is taken for: an even routing, an order that changes nothing, no NaN."""
+"""What an integer made from unknown values is taken for: an even routing, an order that changes nothing, no NaN.
+
+With `fill` the contrary is assumed: masks are true, and every row is routed alike. Where both give the same bytes,
+nothing depends on the guess.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,8 @@ def index_guess(
     source = next((a for a in args if isinstance(a, torch.Tensor)), None)
     if name in _PICKS and source is not None and out.dtype is torch.int64:
         dim = kwargs.get("dim", args[2] if len(args) > 2 and type(args[2]) is int else -1)
+        if fill:
+            return _identity_order(out, dim), f"routing of all rows alike by {name}"
         return even_routing(tuple(out.shape), source.shape[dim], dim), f"even routing by {name}"
     if name in _ORDERS and out.dtype is torch.int64:
         dim = next((a for a in args[1:] if type(a) is int), kwargs.get("dim", -1))

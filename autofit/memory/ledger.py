@@ -45,8 +45,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.lift_fresh.default:
-            # Python numbers made a tensor: an optimizer's step counter, a constant. On a GPU these stay on the host.
+        if func is torch.ops.aten.lift_fresh.default and out.dim() == 0:
+            # A Python number made a tensor: an optimizer's step counter, a constant. On a GPU these stay on the host.
             self._ignore(out)
         elif isinstance(out, torch.Tensor):
             self._count(out)

@@ -36,6 +36,7 @@ class Traced:
         unquantized: weights that stay as they are though others are quantized: name → bytes.
         paged_bytes: optimizer states in managed memory, which no allocator counts.
         trainable_parameters: of the whole model's adapters.
+        undecided: whether a kernel takes more where values say so (int8's outliers).
         tokens: padded tokens of the costliest micro-batch.
     """
 
@@ -44,6 +45,7 @@ class Traced:
     reach: int
     unquantized: dict[str, int]
     paged_bytes: int
+    undecided: bool
     tokens: int
 
 
@@ -93,6 +95,7 @@ def trace_candidate(
         reach=reach,
         unquantized=unquantized_weights(step.model) if candidate.quantization_bits < 16 else {},
         paged_bytes=sum(dispatch.paged),
+        undecided=tracer.undecided,
         tokens=tokens,
     )
 

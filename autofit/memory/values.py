@@ -105,8 +105,12 @@ class Values:
             return None
         return torch.empty(0, dtype=tensor.dtype).set_(real, tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    def _unknown(self, tensor: torch.Tensor) -> bool:
-        return tensor.device.type == "meta" and tensor.untyped_storage()._cdata not in self._known
+    def _unknown(self, tensor: Any) -> bool:
+        return (
+            isinstance(tensor, torch.Tensor)
+            and tensor.device.type == "meta"
+            and tensor.untyped_storage()._cdata not in self._known
+        )
 
     def remember(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """From now on the meta tensor's storage has these values (a CPU tensor of its shape)."""
@@ -152,8 +156,7 @@ class Values:
             return
         with _disable_current_modes():
             if name in _SAME_WHATEVER:
-                shadows, _ = self._zeros_for_unknown(args, kwargs)
-                self._compute(func, args, kwargs, outs, shadows, writes)
+                self._compute(func, args, kwargs, outs, self._zeros_for_unknown(args, kwargs)[0], writes)
                 return
             shadows = self._shadows(args, kwargs)
             random = torch.Tag.nondeterministic_seeded in func.tags

@@ -219,6 +219,7 @@ def set_checkpointing(base: PreTrainedModel, candidate: Candidate) -> None:
         base.activation_checkpointing_enable(offload=offload)
     else:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False}, offload=offload)
+        _leave_inputs_alone(base)
     for layer, flag in zip(layers, flags, strict=True):
         layer.gradient_checkpointing = flag
 
