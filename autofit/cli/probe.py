@@ -93,7 +93,7 @@ class Prober:
                 request=self._request(case),
                 folder=self.folder / "trial",
                 deadline_seconds=self.timeout_seconds,
-                env=_environment(case.device),
+                env=_environment(case),
             )
         )
         error = own_error(outcome)
@@ -133,8 +133,8 @@ def _settled(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _environment(device: str) -> dict[str, str]:
+def _environment(case: Case) -> dict[str, str]:
     from autofit.trial.environment import child_environment
 
     # What runs on the CPU must not find the GPU.
-    return {**child_environment(), **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    return {**child_environment(case.step), **({"CUDA_VISIBLE_DEVICES": ""} if case.device == "cpu" else {})}
