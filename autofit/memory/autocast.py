@@ -198,7 +198,10 @@ def autocast_arguments(
         dtype = torch.float32
     else:
         dtype = _widest((args, kwargs))
-    return _cast(args, dtype, cache), {key: _cast(value, dtype, cache) for key, value in kwargs.items()}
+    kwargs = {key: _cast(value, dtype, cache) for key, value in kwargs.items()}
+    # The last argument first, as the compiled code evaluates them.
+    cast = [_cast(value, dtype, cache) for value in reversed(args)]
+    return tuple(reversed(cast)), kwargs
 
 
 def _eligible(tensor: torch.Tensor) -> bool:

@@ -1,6 +1,6 @@
 """How long a step takes: each operation as long as its products or its bytes need, and never faster than the host.
 
-The three constants are fitted to the timed rows of Llama-3-8B on an H200 (stock TRL); calibration corrects them per card.
+The three constants are fitted to the timed rows of Llama-3-8B on an H200 (stock TRL); calibration corrects each card.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from autofit.memory.trace import BACKWARD, FREED, Section, Trace
+from autofit.memory.trace import BACKWARD, FREED, WORKSPACES, Section, Trace
 
 
 class Unspliceable(Exception):
@@ -44,6 +44,7 @@ class _Whole:
     trace: Trace
     reach: int
     keys: dict[tuple[tuple[int, int, int], int, int], int] = field(default_factory=dict)
+    workspaces: set[int] = field(default_factory=set)
     serial: int = 0
 
 
@@ -94,7 +95,7 @@ def _births(trace: Trace, stretches: list[_Stretch]) -> dict[int, _Born]:
     for stretch in stretches:
         ordinal = 0
         for event in stretch.events:
-            if trace.sizes[event] != FREED:
+            if trace.sizes[event] != FREED and trace.labels.get(trace.keys[event]) != WORKSPACES:
                 births[trace.keys[event]] = _Born(stretch.slot, stretch.section.layer, ordinal)
                 ordinal += 1
     return births
@@ -135,7 +136,15 @@ def _emit(
     ordinal = 0
     for event in stretch.events:
         key, size = trace.keys[event], trace.sizes[event]
-        if size != FREED:
+        if trace.labels.get(key) == WORKSPACES:
+            if key in whole.workspaces:
+                continue  # taken once, wherever the first product was
+            whole.workspaces.add(key)
+            whole.serial += 1
+            out.labels[whole.serial] = WORKSPACES
+            out.keys.append(whole.serial)
+            out.sizes.append(size)
+        elif size != FREED:
             whole.serial += 1
             whole.keys[stretch.slot, layer, ordinal] = whole.serial
             if key in trace.labels:
@@ -143,19 +152,26 @@ def _emit(
             ordinal += 1
             out.keys.append(whole.serial)
             out.sizes.append(size)
-            continue
-        places = _places(births[key], stretch.section.layer, layer, layers, whole.reach, closes)
-        if closes:
-            # A layer at an edge may leave to the head what another one leaves to its neighbour.
-            places = [place for place in places if place in whole.keys]
-        if not places and births[key].layer in layers:
-            raise Unspliceable(f"{section} lets go of what nobody has")
-        for place in places:
-            freed = whole.keys.pop(place, None)
-            if freed is None:
-                raise Unspliceable(f"{section} lets go of what it has not")
-            out.keys.append(freed)
-            out.sizes.append(FREED)
+        else:
+            _let_go(whole, births[key], stretch, section, layers, closes)
+
+
+def _let_go(
+    whole: _Whole, born: _Born, stretch: _Stretch, section: Section, layers: Sequence[int], closes: bool
+) -> None:
+    """A release of the template, in the whole model."""
+    places = _places(born, stretch.section.layer, section.layer, layers, whole.reach, closes)
+    if closes:
+        # A layer at an edge may leave to the head what another one leaves to its neighbour.
+        places = [place for place in places if place in whole.keys]
+    if not places and born.layer in layers:
+        raise Unspliceable(f"{section} lets go of what nobody has")
+    for place in places:
+        freed = whole.keys.pop(place, None)
+        if freed is None:
+            raise Unspliceable(f"{section} lets go of what it has not")
+        whole.trace.keys.append(freed)
+        whole.trace.sizes.append(FREED)
 
 
 def _check_what_is_left(whole: _Whole, trace: Trace, births: dict[int, _Born], layers: Sequence[int]) -> None:
@@ -163,7 +179,7 @@ def _check_what_is_left(whole: _Whole, trace: Trace, births: dict[int, _Born], l
     alive: set[int] = set()
     for key, size in zip(trace.keys, trace.sizes, strict=True):
         (alive.remove if size == FREED else alive.add)(key)
-    expected = Counter(births[key].layer for key in alive)
+    expected = Counter(births[key].layer for key in alive if key in births)
     found = Counter(layer for _, layer, _ in whole.keys)
     wrong = [i for i, traced in enumerate(layers) if found[i] != expected[traced]]
     if wrong or found[-1] != expected[-1]:

@@ -23,6 +23,13 @@ SECTION_NAMES = ("build", "embedding", "forward", "head and loss", "backward", "
 FREED = -1
 
 
+# Operations that cuBLAS does, and what its memory is called.
+GEMMS = frozenset(
+    (aten.mm.default, aten.mm.out, aten.bmm.default, aten.addmm.default, aten.addmm_.default, aten.baddbmm.default)
+)
+WORKSPACES = "workspaces"
+
+
 @dataclass(frozen=True, order=True)
 class Section:
     """A stretch of a step: `kind` of the constants above, in optimizer step `step`, of layer `layer` (−1: none)."""
@@ -65,6 +72,7 @@ class Tracer(Ledger):
 
     Attributes:
         section: where in the step we are.
+        backward: whether autograd's thread is at work.
         owners: the layer that a parameter's storage belongs to.
         undecided: whether an operation has been met whose memory depends on values.
     """
@@ -82,6 +90,8 @@ class Tracer(Ledger):
         self._counted = ("meta", "cpu") if host_too else ("meta",)
         self._serial = 0
         self._of_storage: dict[int, int] = {}
+        self._with_workspace: set[bool] = set()
+        self.backward = False
         self._became: dict[int, int] = {}
         self.owners: dict[int, int] = {}
         self.section = Section(0, BUILD)
@@ -145,6 +155,8 @@ class Tracer(Ledger):
         kwargs = kwargs or {}
         if self.section.kind == OPTIMIZER:
             self._by_owner(args)
+        if func in GEMMS or func.namespace == "bitsandbytes":
+            self._take_workspace()
         scratch = self._scratch.get(func)
         taken = [(self._take(size), size) for size in scratch(args, kwargs)] if scratch is not None else ()
         stand_in = self._stand_ins.get(func)
@@ -194,10 +206,11 @@ class Tracer(Ledger):
         self.undecided = True
         return rows.shape[-1] if self.values.fill else 0
 
-    def take_workspace(self) -> None:
+    def _take_workspace(self) -> None:
         """Forward and backward run on threads of their own, and each thread's cuBLAS takes a workspace for good."""
-        if self._workspace_bytes:
-            self.trace.labels[self._take(self._workspace_bytes)] = "workspaces"
+        if self._workspace_bytes and self.backward not in self._with_workspace and self.section.kind != BUILD:
+            self._with_workspace.add(self.backward)
+            self.trace.labels[self._take(self._workspace_bytes)] = WORKSPACES
 
     def _take(self, size: int) -> int:
         self._serial += 1

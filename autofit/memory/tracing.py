@@ -159,16 +159,12 @@ class _Run:
 
     def _enter(self, phase: str) -> None:
         if phase == "forward":
-            self.backward = False
+            self.backward = self.tracer.backward = False
             self.pass_number += 1
             self.tracer.enter(Section(self.pass_number, BEFORE))
-            if self.pass_number == 1:
-                self.tracer.take_workspace()
         elif phase == "backward":
-            self.backward = True
+            self.backward = self.tracer.backward = True
             self.tracer.enter(Section(self.pass_number, BETWEEN))
-            if self.pass_number == 1:
-                self.tracer.take_workspace()
         else:
             self.tracer.gradients(p.grad for p in self.step.model.parameters() if p.grad is not None)
             self.tracer.enter(Section(self.pass_number, OPTIMIZER))

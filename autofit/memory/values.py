@@ -21,6 +21,7 @@ from autofit.memory.shortcuts import SHORTCUTS
 aten = torch.ops.aten
 
 MAX_KNOWN_INTEGERS = 1 << 22
+MAX_KNOWN_BOOLEANS = 1 << 18  # attention masks are larger, and nobody reads them
 MAX_KNOWN_FLOATS = 1 << 11
 INTEGERS = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
@@ -350,6 +351,8 @@ _SPECIAL: dict[Any, _Handler] = {
 
 
 def _worth(tensor: torch.Tensor) -> bool:
+    if tensor.dtype is torch.bool:
+        return tensor.numel() <= MAX_KNOWN_BOOLEANS
     return tensor.numel() <= (MAX_KNOWN_INTEGERS if tensor.dtype in INTEGERS else MAX_KNOWN_FLOATS)
 
 
