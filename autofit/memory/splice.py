@@ -161,6 +161,11 @@ def _let_go(
 ) -> None:
     """A release of the template, in the whole model."""
     places = _places(born, stretch.section.layer, section.layer, layers, whole.reach, closes)
+    if born.layer < 0 and section.layer >= 0:
+        # What belongs to no layer (a mask, the rotary embedding) lives until its last user is through.
+        users = [i for i, traced in enumerate(layers) if traced == stretch.section.layer]
+        if section.layer != (users[0] if section.kind == BACKWARD else users[-1]):
+            return
     if closes:
         # A layer at an edge may leave to the head what another one leaves to its neighbour.
         places = [place for place in places if place in whole.keys]
@@ -191,13 +196,12 @@ def _places(
 ) -> list[tuple[tuple[int, int, int], int, int]]:
     """Whose allocations a release of the template stands for, in the whole model."""
     if born.layer < 0:
-        if layer >= 0 and layers.count(template) > 1:
-            raise Unspliceable(f"layer {layer} lets go of what belongs to no layer")
         return [(born.slot, -1, born.ordinal)]
-    if closes and born.layer != template:
-        owners = [i for i, traced in enumerate(layers) if traced == born.layer]
-        return [(born.slot, i, born.ordinal) for i in owners]
     distance = born.layer - template
+    near = [(born.slot, layer + distance, born.ordinal)]
+    if closes and distance:
+        alike = [(born.slot, i, born.ordinal) for i, traced in enumerate(layers) if traced == born.layer]
+        return alike if layer < 0 or abs(distance) > reach else [*near, *(a for a in alike if a not in near)]
     if abs(distance) > reach:
         raise Unspliceable(f"layer {layer} reaches {abs(distance)} layers away")
-    return [(born.slot, layer + distance, born.ordinal)]
+    return near
