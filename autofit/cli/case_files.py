@@ -13,7 +13,7 @@ import typer
 from autofit.errors import UsageError
 
 if TYPE_CHECKING:
-    from autofit.cases import Measure
+    from autofit.cases import Case, Measure
 
 CasesFile = Annotated[str | None, typer.Option(metavar="FILE", help="One candidate a line, as JSON.")]
 OutputFile = Annotated[str | None, typer.Option(metavar="FILE", help="Where the answers go. Default: stdout.")]
@@ -37,10 +37,30 @@ def answer_all(cases: str | None, output: str | None, flags: Mapping[str, Any], 
         Whether the one case of the flags was answered without an error; for a file always True.
 
     Raises:
-        UsageError: no case, two kinds of them, a file that cannot be read, or flags that make no case.
+        UsageError: as `case_of_flags`, or a file that cannot be read or written.
         AutofitError: what `measure` raises for the case of the flags.
     """
-    from autofit.cases import answer, answer_lines, make_case
+    from autofit.cases import answer, answer_lines
+
+    case = case_of_flags(cases, flags)
+    if case is None:
+        lines = _read(cases or "")
+        with _opened(output) as out:
+            _write(answer_lines(lines, measure), out)
+        return True
+    with _opened(output) as out:
+        found = answer(case, measure)
+        _write([found], out)
+    return "error" not in found
+
+
+def case_of_flags(cases: str | None, flags: Mapping[str, Any]) -> Case | None:
+    """The one case that the flags make; None where there is a file of `cases` instead.
+
+    Raises:
+        UsageError: no case, two kinds of them, or flags that make no case.
+    """
+    from autofit.cases import make_case
 
     given = {name: value for name, value in flags.items() if value is not None}
     if cases is None and "model" not in given:
@@ -49,18 +69,11 @@ def answer_all(cases: str | None, output: str | None, flags: Mapping[str, Any], 
         name = next(iter(given)).replace("_", "-")
         raise UsageError(f"--{name} beside --cases: a line of the file says everything about its case")
     if cases is not None:
-        lines = _read(cases)
-        with _opened(output) as out:
-            _write(answer_lines(lines, measure), out)
-        return True
+        return None
     layers = given.get("checkpointed_layers")
     if layers is not None and layers.isdecimal():
         given["checkpointed_layers"] = int(layers)
-    case = make_case(given)
-    with _opened(output) as out:
-        found = answer(case, measure)
-        _write([found], out)
-    return "error" not in found
+    return make_case(given)
 
 
 def _read(file: str) -> list[bytes]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from autofit import __version__
+from autofit.cli.estimate import estimate
 from autofit.cli.probe import probe
 from autofit.cli.run import run
 from autofit.errors import AutofitError
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(estimate)
 app.command()(probe)
 
 
