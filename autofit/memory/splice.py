@@ -133,6 +133,7 @@ def _emit(
     out.sections.append((len(out.keys), len(out.flops), section))
     out.flops.extend(trace.flops[i] for i in stretch.operations)
     out.moved.extend(trace.moved[i] for i in stretch.operations)
+    out.grows.extend(trace.grows[i] for i in stretch.operations)
     ordinal = 0
     for event in stretch.events:
         key, size = trace.keys[event], trace.sizes[event]
@@ -149,6 +150,8 @@ def _emit(
             whole.keys[stretch.slot, layer, ordinal] = whole.serial
             if key in trace.labels:
                 out.labels[whole.serial] = trace.labels[key]
+            if key in trace.per_row:
+                out.per_row[whole.serial] = trace.per_row[key]
             ordinal += 1
             out.keys.append(whole.serial)
             out.sizes.append(size)

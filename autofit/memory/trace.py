@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autofit.memory.ledger import Ledger
-from autofit.memory.scratch import SCRATCH, bitsandbytes_scratch
+from autofit.memory.scratch import SCRATCH, Scratch, bitsandbytes_scratch
 from autofit.memory.stand_ins import operation_stand_ins
 from autofit.memory.values import Values
 from autofit.memory.work import operation_work
@@ -50,9 +50,11 @@ class Trace:
     Attributes:
         keys, sizes: event by event: which allocation, and its bytes (`FREED` where it ends).
         sections: where each stretch begins: (index of its first event, index of its first operation, section).
-        flops, moved: of each operation: multiply-adds × 2, and bytes read and written.
+        flops, moved, grows: of each operation: multiply-adds × 2, bytes read and written, and whether it grows with the
+            rows of the micro-batch (known only where the tracer has `rows`).
         labels: what an allocation is, where more is known than when it lives ("weights", "gradients", …).
         guesses: how often a value that nobody has was made up, by what for.
+        per_row: of scratch: allocation → (bytes whatever the rows are, bytes for each row of the micro-batch).
     """
 
     keys: list[int] = field(default_factory=list)
@@ -60,15 +62,18 @@ class Trace:
     sections: list[tuple[int, int, Section]] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     moved: list[float] = field(default_factory=list)
+    grows: list[bool] = field(default_factory=list)
     labels: dict[int, str] = field(default_factory=dict)
     guesses: dict[str, int] = field(default_factory=dict)
+    per_row: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 class Tracer(Ledger):
     """A ledger of meta tensors that also writes down each event, and the scratch that kernels take on a GPU.
 
     `workspace_bytes` is what cuBLAS keeps from its first product on, once for each thread that multiplies; with
-    `host_too` tensors on the CPU count as well (where the target is the CPU itself).
+    `host_too` tensors on the CPU count as well (where the target is the CPU itself). With `rows`, a prime that stands
+    for the rows of a micro-batch, scratch is written down as it depends on them.
 
     Attributes:
         section: where in the step we are.
@@ -78,7 +83,13 @@ class Tracer(Ledger):
     """
 
     def __init__(
-        self, values: Values, *, workspace_bytes: int = 0, scratch: bool = True, host_too: bool = False
+        self,
+        values: Values,
+        *,
+        workspace_bytes: int = 0,
+        scratch: bool = True,
+        host_too: bool = False,
+        rows: int | None = None,
     ) -> None:
         super().__init__(device_type="meta")
         self.values = values
@@ -87,6 +98,7 @@ class Tracer(Ledger):
         self.undecided = False
         self._scratch = {**SCRATCH, **bitsandbytes_scratch()} if scratch else {}
         self._workspace_bytes = workspace_bytes
+        self._rows = rows
         self._counted = ("meta", "cpu") if host_too else ("meta",)
         self._serial = 0
         self._of_storage: dict[int, int] = {}
@@ -117,6 +129,7 @@ class Tracer(Ledger):
                 self.trace.sections.append((event, 0, section))
         self.trace.flops.clear()
         self.trace.moved.clear()
+        self.trace.grows.clear()
         self._begin(Section(0, BUILD))
         self.peak_bytes = self.live_bytes
 
@@ -158,7 +171,7 @@ class Tracer(Ledger):
         if func in GEMMS or func.namespace == "bitsandbytes":
             self._take_workspace()
         scratch = self._scratch.get(func)
-        taken = [(self._take(size), size) for size in scratch(args, kwargs)] if scratch is not None else ()
+        taken = self._take_scratch(scratch, args, kwargs) if scratch is not None else ()
         stand_in = self._stand_ins.get(func)
         out = stand_in(*args, **kwargs) if stand_in is not None else self.values.run(func, args, kwargs)
         if isinstance(out, torch.Tensor):
@@ -175,7 +188,19 @@ class Tracer(Ledger):
         flops, moved = operation_work(func, args, out)
         self.trace.flops.append(flops)
         self.trace.moved.append(moved)
+        self.trace.grows.append(self._grows((args, (out,))))
         return out
+
+    def _grows(self, tensors: Any) -> bool:
+        return self._rows is not None and any(t.numel() % self._rows == 0 for t in _among(tensors) if t.numel())
+
+    def _take_scratch(self, scratch: Scratch, args: Any, kwargs: Any) -> list[tuple[int, int]]:
+        taken = [(self._take(size), size) for size in scratch(args, kwargs)]
+        if self._rows is not None and taken:
+            one, two = (scratch(_with_rows(args, self._rows, n), kwargs) for n in (1, 2))
+            for (key, _), first, second in zip(taken, one, two, strict=True):
+                self.trace.per_row[key] = (2 * first - second, second - first)
+        return taken
 
     def _is_constant(self, func: Any, args: Any) -> bool:
         """Whether a Python number became a tensor: the ledger on a CPU leaves these aside, too."""
@@ -250,3 +275,15 @@ def _among(values: Any) -> Iterable[torch.Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _among(value)
+
+
+def _with_rows(args: Any, rows: int, instead: int) -> tuple[Any, ...]:
+    """Arguments with tensors of another number of rows: in every dimension that `rows` divides."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = [size // rows * instead if size % rows == 0 else size for size in value.shape]
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    return tuple(one(value) for value in args)

@@ -56,10 +56,12 @@ def trace_candidate(
     *,
     whole: bool = False,
     fill: bool = False,
+    rows: int | None = None,
 ) -> Traced:
     """Traces a candidate on a device that need not be there.
 
-    A few layers stand for all, unless `whole`. `fill` is what unknown masks are taken for (see `Values`).
+    A few layers stand for all, unless `whole`. `fill` is what unknown masks are taken for (see `Values`); `rows` is the
+    candidate's micro-batch size where that is a prime which stands for any number of rows (see `Tracer`).
 
     Raises:
         UsageError: no such model, or a candidate that cannot be built.
@@ -80,7 +82,11 @@ def trace_candidate(
     built = candidate.replace(checkpointed_layers=len(flags) if any(flags) else 0)
     on_cpu = device.type == "cpu"
     tracer = Tracer(
-        Values(fill), workspace_bytes=0 if on_cpu else workspace_bytes(device), scratch=not on_cpu, host_too=on_cpu
+        Values(fill),
+        workspace_bytes=0 if on_cpu else workspace_bytes(device),
+        scratch=not on_cpu,
+        host_too=on_cpu,
+        rows=rows,
     )
     with Dispatch(device) as dispatch, tracer:
         step = build_step(built, source, policy, 2 * candidate.lora_rank, 0, skeleton)
