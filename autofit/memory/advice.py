@@ -11,6 +11,8 @@ from autofit.memory.settled import Settled
 from autofit.space.candidate import Candidate
 
 MOST_PIECES = 3
+# What saves less is not worth a word.
+LEAST_SHARE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +26,14 @@ class Advice:
 
 
 def advice(settled: Settled, now: Estimate, calibration: Calibration | None = None) -> list[Advice]:
-    """At most `MOST_PIECES` changes that need less than `now`, the one that needs least first."""
+    """At most `MOST_PIECES` changes that need clearly less than `now`, the one that needs least first."""
     changes = _changes(settled)
     candidates = [candidate for _, _, candidate in changes]
     estimates = estimate_many(candidates, settled.source, settled.device, calibration)
     found = [
         Advice(words=words, lossy=lossy, candidate=candidate, estimate=estimate)
         for (words, lossy, candidate), estimate in zip(changes, estimates, strict=True)
-        if isinstance(estimate, Estimate) and estimate.device_bytes < now.device_bytes
+        if isinstance(estimate, Estimate) and estimate.device_bytes < (1 - LEAST_SHARE) * now.device_bytes
     ]
     return sorted(found, key=lambda change: change.estimate.device_bytes)[:MOST_PIECES]
 

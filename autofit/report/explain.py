@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 
 from autofit.memory.advice import Advice
 from autofit.memory.estimate import Estimate
 from autofit.memory.settled import Settled
 from autofit.report.words import candidate_words
+from autofit.space.candidate import Candidate
 from autofit.space.units import format_bytes
 
 # Held to benchmarks/results/estimate_accuracy-h200.json by a test.
 ACCURACY = (
     "how far off: on 46 measured rows of Llama-3-8B on an H200, allocated bytes by 0.03 % in the median and at most "
-    "0.73 %; reserved bytes by 0.53 % and at most 3.63 %"
+    "0.73 %; reserved bytes by 0.47 % and at most 2.04 %"
 )
 _BAR = 40
 _MOST_NAMES = 6
@@ -63,7 +64,7 @@ def print_page(explained: Explained, console: Console) -> None:
     for name, size, about in _parts(explained):
         console.print(_bar_line(name, size, estimate.device_bytes))
         for line in about:
-            console.print(Padding(escape(line), (0, 0, 0, 4)), style="dim")
+            _print_indented(line, console)
     what = "of live tensors" if settled.device.type == "cpu" else "is what nvidia-smi will show"
     console.print(f"[bold]{'together':<16}{format_bytes(estimate.device_bytes):>10}[/] {what}")
     if estimate.paged_bytes:
@@ -77,7 +78,7 @@ def print_page(explained: Explained, console: Console) -> None:
         console.print()
         console.print("[bold]What would change it most[/]")
         for line in _advice_lines(explained):
-            console.print(line)
+            console.print(line, soft_wrap=True)
     console.print()
     _print_notes(settled, estimate, console)
     if settled.device.type == "cuda":
@@ -134,6 +135,12 @@ def _bar_line(name: str, size: int, total: int) -> str:
     return f"{name:<16}{format_bytes(size):>10}{share:>6.0%}  [cyan]{'█' * round(_BAR * share)}[/]"
 
 
+def _print_indented(text: str, console: Console) -> None:
+    indent = " " * 4
+    lines = textwrap.wrap(text, min(console.width, 100), initial_indent=indent, subsequent_indent=indent)
+    console.print(escape("\n".join(lines)), style="dim", soft_wrap=True)
+
+
 def _parts(explained: Explained) -> Iterator[tuple[str, int, list[str]]]:
     """Name, bytes and explanation of each part of the breakdown that takes anything, in its order."""
     parts = dict(explained.estimate.breakdown_bytes)
@@ -162,16 +169,24 @@ def _abouts(explained: Explained) -> dict[str, str]:
         "optimizer": "two running averages of each trained weight" + _optimizer(candidate.optimizer),
         "activations": _activations(settled, estimate),
         "logits and loss": _logits(candidate.loss),
-        "transient": "alive for a moment: a weight put back to 16 bits, a checkpointed layer's second forward, casts",
+        "transient": "alive for a moment: " + ", ".join(_transient(candidate)),
         "workspaces": "what cuBLAS keeps for its products, one for forward and one for backward",
         "allocator slack": "reserved and not in use: PyTorch's allocator rounds up and keeps gaps for later",
         "context": "CUDA itself and its kernels, before a single tensor",
     }
 
 
+def _transient(candidate: Candidate) -> Iterator[str]:
+    if candidate.quantization_bits < 16:
+        yield "a weight put back to 16 bits"
+    if candidate.checkpointed_layers:
+        yield "a checkpointed layer's second forward"
+    yield "casts and what backward is at"
+
+
 def _gradients(estimate: Estimate) -> str:
     if not estimate.breakdown_bytes["gradients"]:
-        return "none yet at the peak; later as large as the adapters, when activations have gone"
+        return "none yet at the peak; in the end as large as the adapters, when activations have gone"
     return "of the adapters only: as large as they are, made layer by layer in backward"
 
 
@@ -236,8 +251,8 @@ def value_notes(estimate: Estimate) -> list[str]:
     notes = []
     if estimate.guesses:
         guesses = ", ".join(f"{what} ({count} times)" for what, count in estimate.guesses.items())
-        notes.append(f"depends on values that nobody has before training; taken for: {guesses}")
+        notes.append(f"values that nobody has before training were taken for: {guesses}")
     if estimate.bracket is not None:
         low, high = map(format_bytes, estimate.bracket)
-        notes.append(f"whatever those values are, allocated bytes are between {low} and {high}")
+        notes.append(f"depends on values that nobody has before training: allocated bytes are between {low} and {high}")
     return notes
