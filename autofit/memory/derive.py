@@ -16,16 +16,15 @@ import numpy as np
 from autofit.errors import UsageError
 from autofit.memory.allocator import UNIT_BYTES
 from autofit.memory.calibration import ON_CPU, UNCALIBRATED, Calibration
-from autofit.memory.estimate import Estimate, estimate, replay
+from autofit.memory.estimate import Estimate, estimate, replay, spliced
 from autofit.memory.roofline import device_seconds, host_seconds, last_step
-from autofit.memory.splice import Unspliceable, splice
-from autofit.memory.trace import FREED, Trace
+from autofit.memory.splice import Unspliceable
+from autofit.memory.trace import FREED, TILE, Trace
 from autofit.memory.tracing import trace_candidate
 from autofit.space.candidate import Candidate
 from autofit.space.cards import Card, card_of
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
-from autofit.step import fused_head, loss
 from autofit.step.configs import load_config
 
 _PRIMES = (23, 29, 31, 37, 41, 43)
@@ -130,10 +129,10 @@ class _Family:
         """The family of a template; None where values decide how much it needs, or a trace cannot be spliced."""
         with contextlib.suppress(Unspliceable):
             traced = trace_candidate(template, source, device, rows=template.micro_batch_size)
-            trace = splice(traced.trace, traced.layers, traced.reach)
+            trace = spliced(traced)
             if trace.guesses or traced.undecided:
                 return None
-            fixed, per_row, tiles = _linear(trace, template, _tile_width(source, template))
+            fixed, per_row, tiles = _linear(trace, template)
             card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
             family = cls(
                 template=template,
@@ -219,32 +218,22 @@ def _seconds(trace: Trace, template: Candidate, card: Card | None) -> tuple[floa
     return device_seconds(operations.that_grow(False), card), per_row, host_seconds(operations)
 
 
-def _tile_width(source: ModelSource, template: Candidate) -> int:
-    """Logits in a row of TRL's tile; 0 where the loss has none."""
-    if template.loss != "chunked":
-        return 0
-    if template.step == "sft":
-        return fused_head.VOCABULARY_CHUNK
-    return min(loss.VOCABULARY_CHUNK, load_config(source).get_text_config().vocab_size)
-
-
-def _linear(trace: Trace, template: Candidate, tile_width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _linear(trace: Trace, template: Candidate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(bytes whatever the rows are, bytes for each row, bytes of a tile for each of its tokens), event by event."""
     prime = template.micro_batch_size
-    tiles = [_TILE_TOKENS * tile_width * element for element in (2, 4)] if tile_width else []
     parts: dict[int, tuple[float, float, float]] = {}
     events = np.zeros((len(trace.keys), 3))
     for event, (key, size) in enumerate(zip(trace.keys, trace.sizes, strict=True)):
         if size == FREED:
             events[event] = -np.asarray(parts.pop(key))
             continue
-        if key in trace.per_row:
+        if trace.labels.get(key) == TILE:
+            part = (0.0, 0.0, size / (prime * template.max_seq_length))
+        elif key in trace.per_row:
             fixed, per_row = trace.per_row[key]
             part = (fixed, per_row, 0.0)
         elif size % prime == 0:
             part = (0.0, size / prime, 0.0)
-        elif size in tiles:
-            part = (0.0, 0.0, size / _TILE_TOKENS)
         else:
             part = (float(size), 0.0, 0.0)
         parts[key] = part

@@ -26,14 +26,15 @@ _active: list[Dispatch] = []
 
 
 class Dispatch(contextlib.AbstractContextManager["Dispatch"]):
-    """While entered, operations on meta tensors run as on `device`.
+    """While entered, operations on meta tensors run as on `device`. For `one_tile` see `stand_ins`.
 
     Attributes:
         paged: bytes of each optimizer state that bitsandbytes would keep in managed memory: no allocator counts it.
     """
 
-    def __init__(self, device: DeviceFacts) -> None:
+    def __init__(self, device: DeviceFacts, one_tile: bool = False) -> None:
         self.device = device
+        self.one_tile = one_tile
         self.paged: list[int] = []
         self.weights = autocast.WeightCache()
         self._stack = contextlib.ExitStack()
@@ -45,7 +46,7 @@ class Dispatch(contextlib.AbstractContextManager["Dispatch"]):
         self._stack.enter_context(_key_on())
         self._stack.enter_context(_autocast_without_device(self.weights))
         self._stack.enter_context(_tensors_from_data())
-        self._stack.enter_context(stand_ins(self.device, self.paged))
+        self._stack.enter_context(stand_ins(self.device, self.paged, self.one_tile))
         return self
 
     def __exit__(self, *_: object) -> None:

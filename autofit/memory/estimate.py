@@ -10,6 +10,7 @@ from typing import Any
 from autofit.memory.allocator import CachingAllocator
 from autofit.memory.breakdown import PARTS, find_peak
 from autofit.memory.calibration import ON_CPU, UNCALIBRATED, Calibration
+from autofit.memory.repeat import repeat_step
 from autofit.memory.roofline import step_seconds
 from autofit.memory.splice import Unspliceable, splice
 from autofit.memory.trace import Trace
@@ -95,9 +96,19 @@ def whole_trace(
     """
     with contextlib.suppress(Unspliceable):
         traced = trace_candidate(candidate, source, device, fill=fill)
-        return traced, splice(traced.trace, traced.layers, traced.reach)
+        return traced, spliced(traced)
     traced = trace_candidate(candidate, source, device, whole=True, fill=fill)
     return traced, traced.trace
+
+
+def spliced(traced: Traced) -> Trace:
+    """The trace of all layers and both optimizer steps.
+
+    Raises:
+        Unspliceable: a layer reaches too far.
+    """
+    trace = splice(traced.trace, traced.layers, traced.reach)
+    return repeat_step(trace) if traced.once else trace
 
 
 def _measure(trace: Trace, candidate: Candidate, device: DeviceFacts, calibration: Calibration) -> dict[str, Any]:

@@ -204,6 +204,8 @@ def _places(
     near = [(born.slot, layer + distance, born.ordinal)]
     if closes and distance:
         alike = [(born.slot, i, born.ordinal) for i, traced in enumerate(layers) if traced == born.layer]
+        if not alike:  # it stands for no layer: its place is as far from the last one
+            alike = [(born.slot, len(layers) - 1 - max(layers) + born.layer, born.ordinal)]
         return alike if layer < 0 or abs(distance) > reach else [*near, *(a for a in alike if a not in near)]
     if abs(distance) > reach:
         raise Unspliceable(f"layer {layer} reaches {abs(distance)} layers away")

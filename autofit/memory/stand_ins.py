@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +28,15 @@ from autofit.space.facts import DeviceFacts
 
 
 @contextlib.contextmanager
-def stand_ins(device: DeviceFacts, paged: list[int]) -> Iterator[None]:
-    """While it is open, the table above holds. Bytes of paged optimizer states are added to `paged`."""
+def stand_ins(device: DeviceFacts, paged: list[int], one_tile: bool) -> Iterator[None]:
+    """While it is open, the table above holds. Bytes of paged optimizer states are added to `paged`.
+
+    With `one_tile` TRL's tile of logits has all tokens at once: it then grows with them, and its loop runs once.
+    """
     with contextlib.ExitStack() as patches:
         patches.enter_context(patched(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta", "cpu"]))
         patches.enter_context(patched(adam, "_device_dtype_check_for_fused", _nothing))
-        for owner, name, replacement in (*_bitsandbytes(paged), *(_trl() if device.type == "cuda" else ())):
+        for owner, name, replacement in (*_bitsandbytes(paged), *(_trl(one_tile) if device.type == "cuda" else ())):
             patches.enter_context(patched(owner, name, replacement))
         yield
 
@@ -81,13 +85,14 @@ def _bitsandbytes(sizes: list[int]) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _trl() -> list[tuple[Any, str, Any]]:
+def _trl(one_tile: bool) -> list[tuple[Any, str, Any]]:
     launched = _Launched()
     pieces: list[tuple[Any, str, Any]] = [
         (chunked_logprob, "_use_triton", lambda device: True),
         (chunked_logprob, "_forward_kernel", launched),
         (chunked_logprob, "_backward_kernel", launched),
         (chunked_logprob, "_addmm_fp32", _nothing),
+        *([(chunked_logprob, "TOKEN_CHUNK_SIZE", sys.maxsize)] if one_tile else []),
     ]
     if not hasattr(chunked_logprob, "triton"):
         chunked_logprob.triton = SimpleNamespace(cdiv=lambda a, b: -(-a // b))

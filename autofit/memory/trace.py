@@ -28,6 +28,8 @@ GEMMS = frozenset(
     (aten.mm.default, aten.mm.out, aten.bmm.default, aten.addmm.default, aten.addmm_.default, aten.baddbmm.default)
 )
 WORKSPACES = "workspaces"
+# TRL's buffer for a tile of logits: the only uninitialized matrix between the last layer and the first gradient.
+TILE = "logits and loss"
 
 
 @dataclass(frozen=True, order=True)
@@ -179,6 +181,8 @@ class Tracer(Ledger):
                 self._ignore(out)
             else:
                 self._count(out)
+            if func is aten.empty.memory_format and self.section.kind == BETWEEN and out.dim() == 2:
+                self.label((out,), TILE)
         elif isinstance(out, (tuple, list)):
             self._count_all(out)
         for key, size in taken:

@@ -37,6 +37,7 @@ class Traced:
         paged_bytes: optimizer states in managed memory, which no allocator counts.
         trainable_parameters: of the whole model's adapters.
         undecided: whether a kernel takes more where values say so (int8's outliers).
+        once: whether only one optimizer step was traced, for `repeat_step` to make two of.
         tokens: padded tokens of the costliest micro-batch.
     """
 
@@ -46,6 +47,7 @@ class Traced:
     unquantized: dict[str, int]
     paged_bytes: int
     undecided: bool
+    once: bool
     tokens: int
 
 
@@ -81,6 +83,8 @@ def trace_candidate(
     with_placeholders(skeleton, candidate, policy)
     built = candidate.replace(checkpointed_layers=len(flags) if any(flags) else 0)
     on_cpu = device.type == "cpu"
+    # What a stock step or TRL's offloading keeps for the next step is more than its losses.
+    once = not whole and not on_cpu and candidate.step == "autofit" and candidate.offload_activations != "all"
     tracer = Tracer(
         Values(fill),
         workspace_bytes=0 if on_cpu else workspace_bytes(device),
@@ -88,12 +92,12 @@ def trace_candidate(
         host_too=on_cpu,
         rows=rows,
     )
-    with Dispatch(device) as dispatch, tracer:
+    with Dispatch(device, one_tile=rows is not None) as dispatch, tracer:
         step = build_step(built, source, policy, 2 * candidate.lora_rank, 0, skeleton)
         for layer, flag in zip(checkpointable_layers(step.model), flags, strict=True):
             layer.gradient_checkpointing = flag
         tracer.hold([*step.model.parameters(), *step.model.buffers()])
-        trace, tokens = _Run(tracer, step, built, on_cpu).run()
+        trace, tokens = _Run(tracer, step, built, on_cpu, once).run()
     trace.guesses = dict(tracer.values.guesses)
     return Traced(
         trace=trace,
@@ -102,6 +106,7 @@ def trace_candidate(
         unquantized=unquantized_weights(step.model) if candidate.quantization_bits < 16 else {},
         paged_bytes=sum(dispatch.paged),
         undecided=tracer.undecided,
+        once=once,
         tokens=tokens,
     )
 
@@ -115,11 +120,12 @@ def workspace_bytes(device: DeviceFacts) -> int:
 class _Run:
     """The rehearsal under the tracer: labels what is there before it, and says which section each event belongs to."""
 
-    def __init__(self, tracer: Tracer, step: Step, candidate: Candidate, on_cpu: bool) -> None:
+    def __init__(self, tracer: Tracer, step: Step, candidate: Candidate, on_cpu: bool, once: bool) -> None:
         self.tracer = tracer
         self.step = step
         self.candidate = candidate
         self.on_cpu = on_cpu
+        self.once = once
         self.pass_number = 0
         self.backward = False
         self.layers = checkpointable_layers(step.model)
@@ -141,7 +147,7 @@ class _Run:
         owners = {p.untyped_storage()._cdata: i for i, layer in enumerate(self.layers) for p in layer.parameters()}
         self.tracer.owners = owners
         for batch in batches:
-            for count in rehearsal.counts:
+            for count in rehearsal.counts[-1:] if self.once else rehearsal.counts:
                 rehearsal.optimizer_step(batch, count)
         for handle in handles:
             handle.remove()

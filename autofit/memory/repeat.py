@@ -1,0 +1,70 @@
+"""A second optimizer step from the first: the same allocations again, with the optimizer's states already there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autofit.memory.trace import AFTER, FREED, WORKSPACES, Trace
+
+_FOR_GOOD = (WORKSPACES, "optimizer")
+
+
+def repeat_step(trace: Trace) -> Trace:
+    """The trace of one optimizer step, followed by a second one.
+
+    What the first step leaves for good (workspaces, states) is not made again. What else it leaves (its losses) is let
+    go once the second has stepped.
+    """
+    begin, first = next((event, operation) for event, operation, section in trace.sections if section.step)
+    stepped = next(event for event, _, section in trace.sections if section.kind == AFTER)
+    for_good = {key for key, label in trace.labels.items() if label in _FOR_GOOD}
+    born, left = _born_and_left(trace, begin)
+    offset = max(trace.keys)
+    keys, sizes = [*trace.keys], [*trace.sizes]
+    labels, per_row = {**trace.labels}, {**trace.per_row}
+    place: dict[int, int] = {}
+    for event in range(begin, len(trace.keys)):
+        if event == stepped:
+            keys.extend(sorted(left - for_good))
+            sizes.extend([FREED] * len(left - for_good))
+        place[event] = len(keys)
+        key, size = trace.keys[event], trace.sizes[event]
+        if key in for_good or key not in born:
+            continue  # what was there before the first step and went in it does not go again
+        again = key + offset
+        keys.append(again)
+        sizes.append(size)
+        if size != FREED and key in trace.labels:
+            labels[again] = trace.labels[key]
+        if size != FREED and key in trace.per_row:
+            per_row[again] = trace.per_row[key]
+    steps = max(section.step for _, _, section in trace.sections)
+    later = [
+        (place.get(event, len(keys)), operation - first + len(trace.flops), replace(section, step=section.step + steps))
+        for event, operation, section in trace.sections
+        if section.step
+    ]
+    return Trace(
+        keys=keys,
+        sizes=sizes,
+        sections=[*trace.sections, *later],
+        flops=[*trace.flops, *trace.flops[first:]],
+        moved=[*trace.moved, *trace.moved[first:]],
+        grows=[*trace.grows, *trace.grows[first:]],
+        labels=labels,
+        guesses=trace.guesses,
+        per_row=per_row,
+    )
+
+
+def _born_and_left(trace: Trace, begin: int) -> tuple[set[int], set[int]]:
+    """Allocations that the step makes, and those of them that it leaves."""
+    born: set[int] = set()
+    left: set[int] = set()
+    for key, size in zip(trace.keys[begin:], trace.sizes[begin:], strict=True):
+        if size != FREED:
+            born.add(key)
+            left.add(key)
+        else:
+            left.discard(key)
+    return born, left
