@@ -15,14 +15,19 @@ from autofit import errors
 from autofit.cli.main import app
 from autofit.cli.main import main as entry_point
 from autofit.config import RunConfig, load_run_config
+from autofit.memory.estimate import estimate
 from autofit.report.files import write_reports
 from autofit.report.terminal import Terminal
+from autofit.report.words import candidate_words
 from autofit.search.controller import MAX_TRIALS
 from autofit.search.outcome import TrialEvent
 from autofit.space.candidate import LOSSY, Candidate
 from autofit.space.cards import CARDS
+from autofit.space.facts import DeviceFacts
 from autofit.space.ladder import LOWEST_RANK, RUNGS, SHORTEST_SEQUENCE
-from autofit.space.units import MIB, parse_bytes
+from autofit.space.source import ModelSource
+from autofit.space.target import target_device
+from autofit.space.units import MIB, format_bytes, parse_bytes
 from autofit.step.data_columns import FORMATS
 from autofit.step.data_files import SUFFIXES
 from autofit.training.supervisor import execute
@@ -31,6 +36,7 @@ from autofit.trial.result import TrialResult, TrialStatus
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PLAN_HEADING = "Know before running: `autofit plan`"
 KNOBS_HEADING = "What it may give up, and in which order"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -52,9 +58,9 @@ def code(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-def run_options() -> dict[str, object]:
-    """The command's own options by flag."""
-    command = typer.main.get_command(app).commands["run"]
+def run_options(name: str = "run") -> dict[str, object]:
+    """A command's own options by flag."""
+    command = typer.main.get_command(app).commands[name]
     return {flag: p for p in command.params for flag in p.opts if flag.startswith("--")}
 
 
@@ -88,9 +94,14 @@ def test_flags_win_over_a_config(file):
 
 def test_every_flag_is_in_the_readme_and_every_flag_of_the_readme_exists():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
-    assert named - {"--help"} == set(run_options()) - {"--help"}
+    assert named - {"--help"} == {*run_options(), *run_options("plan")} - {"--help"}
     in_table = [flag for row in rows(section("Flags")) for flag in code(row[0])]
     assert sorted(in_table) == sorted(set(run_options()) - {"--help"})
+
+
+def test_the_flags_of_plan_are_in_its_table():
+    in_table = [flag for row in rows(section(PLAN_HEADING)) for flag in code(row[0])]
+    assert sorted(in_table) == sorted(set(run_options("plan")) - {"--help"})
 
 
 def test_what_is_repeatable_is_said_to_be():
@@ -192,6 +203,29 @@ def test_the_picture_of_the_output_is_what_the_terminal_writes():
         terminal.console = Console(file=io.StringIO(), highlight=False, soft_wrap=True)
         terminal.trial(TrialEvent(kind="end", number=int(match[1]) - 1, candidate=candidate, reason="", result=result))
         assert terminal.console.file.getvalue().rstrip("\n") == line
+
+
+@pytest.mark.parametrize("picture", section(PLAN_HEADING).split("```text\n$ ")[1:], ids=lambda p: p.splitlines()[0])
+def test_the_pictures_of_plans_are_what_is_estimated(picture):
+    """The first line of each table, estimated again and rendered as it is there."""
+    model, gpu_mem = re.match(r"autofit plan --model (\S+) --gpu-mem (\S+)\n", picture).groups()
+    device, _ = target_device(gpu_mem, DeviceFacts(type="cpu", name="CPU", total_bytes=10**9))
+    table = picture.partition("micro-batch ")[2].splitlines()[1]
+    cells = re.split(r" {2,}", table)
+    number, length = (int(part.replace(",", "")) for part in cells[0].split(" × "))
+    candidate = Candidate(
+        micro_batch_size=number,
+        max_seq_length=length,
+        checkpointed_layers=0 if cells[1] == "–" else int(cells[1]),
+        offload_activations="none" if cells[2] == "–" else cells[2],
+        optimizer=cells[3],
+        quantization_bits=int(cells[4]),
+        dtype="bfloat16" if device.bf16 else "float16",
+        accumulates=True,
+    )
+    assert f"best     {candidate_words(candidate)}\n" in picture
+    found = estimate(candidate, ModelSource(model=model, random_weights=True), device)
+    assert cells[5:] == [format_bytes(found.device_bytes), f"{found.tokens_per_second:,.0f}"]
 
 
 def test_a_runs_folder_is_the_one_described(sandbox, tmp_path, capsys):

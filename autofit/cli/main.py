@@ -11,6 +11,7 @@ import typer
 
 from autofit import __version__
 from autofit.cli.estimate import estimate
+from autofit.cli.plan import plan
 from autofit.cli.probe import probe
 from autofit.cli.run import run
 from autofit.errors import AutofitError
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(plan)
 app.command()(estimate)
 app.command()(probe)
 

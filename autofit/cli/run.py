@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from autofit.errors import UsageError
-from autofit.space.ladder import check_knob
+from autofit.cli.knob_flags import knob_pairs
 
 
 def run(
@@ -52,8 +51,8 @@ def run(
         "seed": seed,
         "search": search,
         "order": order,
-        "pin": _pairs(pin, "--pin"),
-        "min": _pairs(minimum, "--min"),
+        "pin": knob_pairs(pin, "--pin"),
+        "min": knob_pairs(minimum, "--min"),
         "allow": allow,
         "random_weights": random_weights,
         "trust_remote_code": trust_remote_code,
@@ -73,26 +72,3 @@ def run(
         import json
 
         typer.echo(json.dumps(summary.to_json(), indent=2))
-
-
-def _pairs(texts: list[str] | None, flag: str) -> dict[str, Any] | None:
-    """`["lora_rank=64"]` as a dict, numbers as numbers.
-
-    Raises:
-        UsageError: no `=`, or the same knob twice.
-    """
-    if not texts:
-        return None
-    pairs: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name or not value:
-            raise UsageError(f"{flag} {text!r}: write knob=value, like lora_rank=64")
-        knob = check_knob(name.strip())
-        if knob in pairs:
-            raise UsageError(f"{flag} {knob} is given twice")
-        try:
-            pairs[knob] = int(value)
-        except ValueError:
-            pairs[knob] = value.strip()
-    return pairs

@@ -99,7 +99,7 @@ def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryB
         f"{c.max_seq_length}, {c.checkpointed_layers} layers checkpointed, {c.quantization_bits} bits, rank "
         f"{c.lora_rank}) needs {needs}"
     )
-    held = _held_knobs(space)
+    held = held_knobs(space)
     hints = [f"free {' or '.join(held)}"] if held else []
     if device.type == "cuda" and need:
         fitting = [card.name for card in CHEAPEST_FIRST if card.total_bytes > need * 1.05]
@@ -109,7 +109,7 @@ def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryB
     return f"{text}; {', or '.join(hints)}" if hints else text
 
 
-def _held_knobs(space: SearchSpace) -> list[str]:
+def held_knobs(space: SearchSpace) -> list[str]:
     """Knobs that the user's pins, minima, consent or order kept from stepping down further."""
     freed = type(space.limits)(
         global_batch_size=space.limits.global_batch_size,

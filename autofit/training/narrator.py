@@ -34,23 +34,31 @@ def announce(narrator: Narrator, config: RunConfig, prepared: Prepared, budget: 
     headroom = f", {format_bytes(budget.headroom_bytes)} headroom" if budget.headroom_bytes else ""
     narrator.say(f"device   {device.name}, budget {format_bytes(budget.total_bytes)}{headroom}")
     name = config.model or "embedded"
-    narrator.say(f"model    {name} ({model.architecture}), {_count(model.num_parameters)} parameters")
+    narrator.say(f"model    {name} ({model.architecture}), {parameter_count(model.num_parameters)} parameters")
     dropped = f", {data.dropped_examples} without anything to train on left out" if data.dropped_examples else ""
     narrator.say(f"data     {data.num_examples:,} examples, at most {data.longest:,} tokens{dropped}")
+    for note in starts_lower(config, prepared, wish):
+        narrator.warn(note)
 
+
+def starts_lower(config: RunConfig, prepared: Prepared, wish: Candidate) -> list[str]:
+    """What the wish itself gives up, and why."""
+    data, model = prepared.data, prepared.model
+    notes = []
     if wish.quantization_bits == 4 and config.quantization_bits is None and model.quantized_bits is None:
-        narrator.warn(
+        notes.append(
             f"starts at 4 bits: the 16-bit weights would take {format_bytes(model.weight_bytes_16bit)}, "
             "more than half the budget"
         )
     longest = wish.max_seq_length
     if data.longest > longest:
         examples, share = data.truncation_cost(longest)
-        narrator.warn(
+        notes.append(
             f"sequences are cut to {longest:,} tokens: {examples:,} of {data.num_examples:,} examples "
             f"and {share:.1%} of the trained tokens are cut"
         )
+    return notes
 
 
-def _count(parameters: int) -> str:
+def parameter_count(parameters: int) -> str:
     return f"{parameters / 1e9:,.2f} B" if parameters >= 10**9 else f"{parameters / 1e6:,.1f} M"
