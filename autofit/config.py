@@ -49,7 +49,7 @@ class RunConfig(BaseModel):
     loss: Literal["chunked", "full"] = "chunked"
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
-    search: Literal["measure"] = "measure"
+    search: Literal["plan", "measure"] = "plan"
     order: tuple[str, ...] = DEFAULT_ORDER
     pin: dict[str, Any] = Field(default_factory=dict)
     min: dict[str, int] = Field(default_factory=dict)

@@ -8,9 +8,9 @@ from autofit.config import EMBEDDED_PRESET, RunConfig, load_run_config
 from autofit.errors import UsageError
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.source import ModelSource
+from autofit.training.fitting import Fitting
 from autofit.training.question import Prepared, preparation_request, search_space, training_schedule
-from autofit.training.supervisor import Run
-from autofit.training.workspace import Workspace, choose_folder
+from autofit.training.workspace import choose_folder
 
 PREPARED = Prepared(
     source=ModelSource(model="m"),
@@ -70,13 +70,13 @@ OTHER = {
 def consequences(config: RunConfig, folder: Path):
     """Everything that a run hands on: to preparation, search, trials and training."""
     space, budget = search_space(config, PREPARED)
-    run = Run(config, narrator=None, workspace=Workspace(folder), sandbox=None)
+    fitting = Fitting(config=config, prepared=PREPARED, budget=budget, sandbox=None, work=folder)
     return (
         choose_folder(config.output_dir or str(folder)),
         preparation_request(config, folder),
         space,
         budget,
-        run.runner(PREPARED, budget),
+        fitting.runner(),
         training_schedule(config),
     )
 
@@ -85,7 +85,7 @@ def test_every_field_is_tried_here():
     assert OTHER.keys() == RunConfig.model_fields.keys()
 
 
-@pytest.mark.parametrize("field", sorted(OTHER.keys() - {"search"}))  # `search` has one value so far
+@pytest.mark.parametrize("field", sorted(OTHER.keys() - {"search"}))  # what `search` changes: tests/cli/test_run.py
 def test_every_field_changes_something(field, tmp_path):
     four_bits = {"quantization_bits": 4} if field == "double_quant" else {}
     plain = consequences(RunConfig(**four_bits), tmp_path)

@@ -19,7 +19,9 @@ def run(
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: one epoch; demo: 20.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of adapters, order and dropout.")] = None,
-    search: Annotated[str | None, typer.Option(help="measure: by trial steps in child processes.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="plan (default): estimates, confirmed by trial steps. measure: trials only.")
+    ] = None,
     order: Annotated[
         str | None, typer.Option(help="What is given up first: batch,checkpointing,paging,bits,offloading,seq,rank.")
     ] = None,

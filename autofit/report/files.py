@@ -73,7 +73,7 @@ trained {training["steps"]:,} steps, {loss_words(training)},
 peak {format_bytes(training["device_bytes"])}.</p>
 <h2>Given up</h2><ul>{given}</ul>
 <h2>Trials</h2>
-<table><tr><th>#<th>candidate<th>ended<th>phase<th>peak<th>tokens/s<th>seconds</tr>
+<table><tr><th>#<th>candidate<th>ended<th>phase<th>predicted<th>peak<th>tokens/s<th>seconds</tr>
 {rows}
 </table>
 </html>
@@ -91,4 +91,8 @@ def _row(trial: Trial, chosen: bool) -> str:
 
 
 def _bytes(trial: Trial) -> str:
-    return format_bytes(trial.result.device_bytes) if trial.result.device_bytes is not None else ""
+    return _format(trial.result.device_bytes)
+
+
+def _format(size: int | None) -> str:
+    return "" if size is None else format_bytes(size)

@@ -59,7 +59,8 @@ class Terminal:
         style = _STYLES.get(event.result.status, "bold yellow")
         self.console.print(
             f"trial {event.number + 1}  [{style}]{event.result.status.value:<8}[/] "
-            f"{escape(candidate_words(event.candidate))}  {escape(_measured(event.result))}{again}"
+            f"{escape(candidate_words(event.candidate))}  {escape(_measured(event.result))}"
+            f"{_predicted(event.predicted_bytes)}{again}"
         )
 
     def plan(self, report: FitReport) -> None:
@@ -104,6 +105,10 @@ class Terminal:
 
 def _loss(record: dict[str, Any]) -> str:
     return f"loss {record['loss']:.3f}" if "loss" in record else ""
+
+
+def _predicted(predicted_bytes: int | None) -> str:
+    return f" (predicted {format_bytes(predicted_bytes)})" if predicted_bytes is not None else ""
 
 
 def _measured(result: TrialResult) -> str:

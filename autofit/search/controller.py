@@ -6,7 +6,8 @@ fit is tried at all, and the winner was measured.
 
 from __future__ import annotations
 
-from autofit.search.descend import Choice, choose, first_fit
+from autofit.search.attempts import MAX_TRIALS, Attempts, Choice
+from autofit.search.descend import choose, first_fit
 from autofit.search.facts import Facts
 from autofit.search.grow import Growth, fastest
 from autofit.search.outcome import Observer, Runner, SearchOutcome, SearchSpace, Trial, TrialEvent, TrialStore
@@ -16,8 +17,6 @@ from autofit.space.ladder import ladder
 from autofit.trial.result import TrialStatus
 
 __all__ = ["MAX_TRIALS", "Runner", "SearchOutcome", "SearchSpace", "Trial", "TrialEvent", "TrialStore", "measure"]
-
-MAX_TRIALS = 8
 
 
 def measure(
@@ -39,9 +38,10 @@ class _Search:
     def __init__(
         self, space: SearchSpace, budget: MemoryBudget, runner: Runner, store: TrialStore, on_trial: Observer
     ) -> None:
-        self._space, self._runner, self._store, self._on_trial = space, runner, store, on_trial
+        self._space = space
         self._chain = ladder(space.wish, space.limits, space.order)
         self._facts = Facts(budget.usable_bytes)
+        self._attempts = Attempts(self._facts, runner, store, on_trial)
         self._predictor = Predictor(self._facts, space.wish, space.limits.checkpointable_layers)
 
     def run(self) -> SearchOutcome:
@@ -49,62 +49,21 @@ class _Search:
         if rung is None:
             return self._nothing_fits()
         growth = Growth(self._space, self._facts, self._predictor, rung)
-        while self._left and (choice := growth.choose()):
-            self._try(choice)
+        while self._attempts.left and (choice := growth.choose()):
+            self._attempts.run(choice)
         winner = fastest(self._facts, rung, self._space.wish)
         return SearchOutcome(winner=winner, rung=rung, trials=tuple(self._facts.trials))
 
-    @property
-    def _left(self) -> int:
-        return MAX_TRIALS - len(self._facts.trials)
-
     def _descend(self) -> Trial | None:
         """The first trial of the chain that fits; None where there is none, or every trial crashes alike."""
-        self._try(Choice(self._space.wish, "the wish"))
-        while self._left and not self._crashes_alike():
-            choice = choose(self._chain, self._facts, self._predictor, self._left)
+        self._attempts.run(Choice(self._space.wish, "the wish"))
+        while self._attempts.left and not self._attempts.crash_alike():
+            choice = choose(self._chain, self._facts, self._predictor, self._attempts.left)
             if choice is None:
                 break
-            self._try(choice)
+            self._attempts.run(choice)
         fit = first_fit(self._chain, self._facts)
         return None if fit is None else self._facts.tried(fit)
-
-    def _try(self, choice: Choice) -> None:
-        candidate = choice.candidate
-        trial = self._store.finished(candidate)
-        if trial is not None:
-            self._tell("stored", trial.number, choice, trial)
-        else:
-            number = self._store.begin(candidate)
-            self._tell("start", number, choice)
-            try:
-                result = self._runner.run(candidate)
-            except BaseException:
-                self._store.abandon(number)
-                raise
-            self._store.end(number, result)
-            trial = Trial(number=number, candidate=candidate, result=result)
-            self._tell("end", number, choice, trial)
-        self._facts.add(trial, choice.predicted_bytes)
-
-    def _tell(self, kind: str, number: int, choice: Choice, trial: Trial | None = None) -> None:
-        self._on_trial(
-            TrialEvent(
-                kind=kind,
-                number=number,
-                candidate=choice.candidate,
-                reason=choice.reason,
-                predicted_bytes=choice.predicted_bytes,
-                result=trial.result if trial else None,
-            )
-        )
-
-    def _crashes_alike(self) -> bool:
-        """Whether the first two trials crashed with the same last line: then it is no question of memory."""
-        first = self._facts.trials[:2]
-        lasts = {t.result.message.strip().rpartition("\n")[2] for t in first}
-        crashed = all(t.result.status is TrialStatus.CRASHED for t in first)
-        return len(first) == 2 and crashed and len(lasts) == 1
 
     def _nothing_fits(self) -> SearchOutcome:
         trials = tuple(self._facts.trials)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
+from autofit.search.attempts import Choice
 from autofit.search.facts import Facts, Verdict
 from autofit.search.predict import Predictor
 from autofit.space.candidate import Candidate
@@ -19,15 +19,6 @@ from autofit.trial.result import TrialStatus
 
 # After so many predictions proved wrong at the same bits, the stretch is halved instead.
 TOLERATED_MISSES = 2
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The next candidate, why, and what it is predicted to need (bytes; None: not predicted)."""
-
-    candidate: Candidate
-    reason: str
-    predicted_bytes: int | None = None
 
 
 def first_fit(chain: Sequence[Candidate], facts: Facts) -> Candidate | None:

@@ -52,14 +52,20 @@ class FitReport:
             "budget": {**asdict(self.budget), "usable_bytes": self.budget.usable_bytes},
             "wish": self.wish.to_json(),
             "chosen": self.winner.candidate.to_json(),
+            "predicted_bytes": self.winner.predicted_bytes,
             "measured": self.winner.result.to_json(),
             "given_up": [asdict(g) for g in self.given_up],
-            "trials": [{**t.candidate.to_json(), **t.result.to_json(), "number": t.number} for t in self.trials],
+            "trials": [_trial_json(trial) for trial in self.trials],
             "num_examples": self.num_examples,
             "data_fingerprint": self.data_fingerprint,
             "optimizer_steps": self.optimizer_steps,
             "seconds_estimated": self.seconds_estimated,
         }
+
+
+def _trial_json(trial: Trial) -> dict[str, Any]:
+    known = {"number": trial.number, "predicted_bytes": trial.predicted_bytes}
+    return {**trial.candidate.to_json(), **trial.result.to_json(), **known}
 
 
 def given_up(wish: Candidate, chosen: Candidate, sequence_cost: str) -> tuple[GivenUp, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autofit.search.descend import Choice
+from autofit.search.attempts import Choice
 from autofit.search.facts import Facts, Verdict
 from autofit.search.outcome import SearchSpace, Trial
 from autofit.search.predict import Predictor

@@ -28,11 +28,15 @@ class SearchSpace:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One finished trial. `number` counts from 0 in its study."""
+    """One finished trial. `number` counts from 0 in its study.
+
+    `predicted_bytes` is what it was predicted to need on the device before it ran; None where nothing was known.
+    """
 
     number: int
     candidate: Candidate
     result: TrialResult
+    predicted_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autofit.config import RunConfig
 from autofit.errors import AutofitError, NothingFits
-from autofit.search.controller import measure
 from autofit.search.fit_report import FitReport, GivenUp, given_up, why_nothing_fits
 from autofit.search.outcome import SearchOutcome, SearchSpace, Trial, TrialEvent
-from autofit.search.runner import SandboxRunner
 from autofit.search.study import TrialStudy
 from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.source import ModelSource
 from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
+from autofit.training.fitting import Fitting
 from autofit.training.narrator import Narrator, announce
 from autofit.training.question import (
     Prepared,
@@ -41,7 +40,7 @@ from autofit.trial.sandbox import Sandbox
 
 # An interrupted training ends its step and saves; a second Ctrl-C ends it at once.
 _GRACE_SECONDS = 300.0
-PRELOAD = ("autofit.trial.child", "autofit.training.prepare", "autofit.training.child")
+PRELOAD = ("autofit.trial.child", "autofit.memory.forecast", "autofit.training.prepare", "autofit.training.child")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,10 @@ class Run:
         space, budget = search_space(self.config, prepared)
         announce(self.narrator, self.config, prepared, budget, space.wish)
         study = TrialStudy(self.workspace.folder, fingerprint(prepared, budget, self.config.trial_timeout))
-        outcome = measure(space, budget, self.runner(prepared, budget), study, self._on_trial)
+        fitting = Fitting(
+            config=self.config, prepared=prepared, budget=budget, sandbox=self.sandbox, work=self.workspace.work
+        )
+        outcome = fitting.search(space, study, self._on_trial, self.narrator)
         if outcome.winner is None:
             raise self._no_winner(outcome, space, budget, prepared.device)
         check_same_result(self.workspace.folder, outcome.winner.candidate)
@@ -142,23 +144,16 @@ class Run:
         self.narrator.plan(report)
         return report
 
-    def runner(self, prepared: Prepared, budget: MemoryBudget) -> SandboxRunner:
-        """Who runs the trials: weights are random at full size, so that nothing is downloaded before a config fits."""
-        return SandboxRunner(
-            sandbox=self.sandbox,
-            folder=self.workspace.work / "trials",
-            source=replace(prepared.source, random_weights=True),
-            device=prepared.device,
-            budget=budget,
-            lora_alpha=self.config.lora_alpha,
-            seed=self.config.seed,
-            deadline_seconds=self.config.trial_timeout,
-        )
-
     def _on_trial(self, event: TrialEvent) -> None:
         if event.kind != "stored":
             result = event.result.to_json() if event.result else {}
-            self.workspace.event(f"trial_{event.kind}", number=event.number, reason=event.reason, **result)
+            self.workspace.event(
+                f"trial_{event.kind}",
+                number=event.number,
+                reason=event.reason,
+                predicted_bytes=event.predicted_bytes,
+                **result,
+            )
         self.narrator.trial(event)
 
     def _no_winner(
