@@ -63,8 +63,6 @@ def _one(
         return estimate(candidate, source, device, calibration)
     except UsageError as error:
         return error
-    except Exception as error:  # a model may raise anything where its values are missing
-        return UsageError(f"the step cannot be traced: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _derive(
@@ -118,7 +116,6 @@ class _Family:
     tiles: np.ndarray
     begin: int
     paged_bytes: int
-    unquantized: dict[str, int]
     seconds: tuple[float, float, float] | None
     slack: float = 1.0
 
@@ -144,7 +141,6 @@ class _Family:
                 tiles=tiles,
                 begin=next(event for event, _, section in trace.sections if section.step),
                 paged_bytes=traced.paged_bytes,
-                unquantized=traced.unquantized,
                 seconds=_seconds(trace, template, card),
             )
             family.slack = family.replayed_slack()
@@ -189,7 +185,6 @@ class _Family:
             tokens_per_second=self._speed(rows),
             breakdown_bytes=self._breakdown(reserved),
             peak_phase=str(section),
-            unquantized=self.unquantized,
             paged_bytes=self.paged_bytes,
         )
 

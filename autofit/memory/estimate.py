@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from autofit.errors import UsageError
 from autofit.memory.allocator import CachingAllocator
 from autofit.memory.breakdown import PARTS, find_peak
 from autofit.memory.calibration import ON_CPU, UNCALIBRATED, Calibration
@@ -31,7 +32,6 @@ class Estimate:
         tokens_per_second: padded tokens of a warm micro-batch; None on a CPU or for a card that is not known.
         breakdown_bytes: at the moment of the peak; adds up to `device_bytes`.
         peak_phase: where in the step the peak is.
-        unquantized: base weights that stay as they are though others are quantized: name → bytes.
         paged_bytes: optimizer states in managed memory; the driver moves them to the host where room is short.
         bracket: lowest and highest `peak_allocated_bytes`, only where values decide that nobody has.
         guesses: what was made up for values that nobody has, and how often.
@@ -44,7 +44,6 @@ class Estimate:
     tokens_per_second: float | None
     breakdown_bytes: dict[str, int]
     peak_phase: str
-    unquantized: dict[str, int] = field(default_factory=dict)
     paged_bytes: int = 0
     bracket: tuple[int, int] | None = None
     guesses: dict[str, int] = field(default_factory=dict)
@@ -61,9 +60,21 @@ def estimate(
     """What the candidate's steps take on the device, which need not be there.
 
     Raises:
-        UsageError: no such model, or a candidate that it cannot be built for.
-        Untraceable: a model whose step cannot be run without values; says why.
+        UsageError: no such model, a candidate that it cannot be built for, or a step that cannot be run without values;
+            says which and why.
     """
+    try:
+        return _estimate(candidate, source, device, calibration)
+    except UsageError:
+        raise
+    except Exception as error:  # a model may raise anything where its values are missing
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError(f"model {source.model}: its step cannot be traced: {why[:300]}") from error
+
+
+def _estimate(
+    candidate: Candidate, source: ModelSource, device: DeviceFacts, calibration: Calibration | None
+) -> Estimate:
     start = time.perf_counter()
     traced, trace = whole_trace(candidate, source, device)
     if device.type == "cpu":
@@ -79,7 +90,6 @@ def estimate(
     return Estimate(
         **measured,
         tokens_per_second=_speed(traced, trace, candidate, card, calibration or UNCALIBRATED),
-        unquantized=traced.unquantized,
         paged_bytes=traced.paged_bytes,
         bracket=bracket,
         guesses=trace.guesses,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from autofit.memory.dispatch import Dispatch
 from autofit.memory.shrink import keep_layers, kept_layers, layer_kinds, stands_for
@@ -33,9 +32,7 @@ class Traced:
         trace: of the layers that were traced.
         layers: for each layer of the model, in order, which traced one stands for it.
         reach: how many layers away a layer may let something go.
-        unquantized: weights that stay as they are though others are quantized: name → bytes.
         paged_bytes: optimizer states in managed memory, which no allocator counts.
-        trainable_parameters: of the whole model's adapters.
         undecided: whether a kernel takes more where values say so (int8's outliers).
         once: whether only one optimizer step was traced, for `repeat_step` to make two of.
         tokens: padded tokens of the costliest micro-batch.
@@ -44,7 +41,6 @@ class Traced:
     trace: Trace
     layers: list[int]
     reach: int
-    unquantized: dict[str, int]
     paged_bytes: int
     undecided: bool
     once: bool
@@ -103,7 +99,6 @@ def trace_candidate(
         trace=trace,
         layers=layers,
         reach=reach,
-        unquantized=unquantized_weights(step.model) if candidate.quantization_bits < 16 else {},
         paged_bytes=sum(dispatch.paged),
         undecided=tracer.undecided,
         once=once,
@@ -231,12 +226,3 @@ def quantization_state(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
                 value = getattr(holder, name, None)
                 if isinstance(value, torch.Tensor):
                     yield value
-
-
-def unquantized_weights(model: nn.Module) -> dict[str, int]:
-    """Base weights of two or more dimensions that are not quantized, by name: their bytes."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.is_floating_point() and parameter.dim() > 1:
-            found[name.removeprefix("base_model.model.")] = parameter.numel() * parameter.element_size()
-    return found

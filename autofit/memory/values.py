@@ -21,7 +21,7 @@ from autofit.memory.shortcuts import SHORTCUTS
 aten = torch.ops.aten
 
 MAX_KNOWN_INTEGERS = 1 << 22
-MAX_KNOWN_BOOLEANS = 1 << 18  # attention masks are larger, and nobody reads them
+MAX_KNOWN_BOOLEANS = 1 << 16  # attention masks are larger, and nobody reads them
 MAX_KNOWN_FLOATS = 1 << 11
 INTEGERS = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
