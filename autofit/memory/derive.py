@@ -16,11 +16,10 @@ import numpy as np
 from autofit.errors import UsageError
 from autofit.memory.allocator import UNIT_BYTES
 from autofit.memory.calibration import ON_CPU, UNCALIBRATED, Calibration
-from autofit.memory.estimate import Estimate, estimate, replay, spliced
+from autofit.memory.estimate import Estimate, estimate, replay, spliced, traced_rows
 from autofit.memory.roofline import device_seconds, host_seconds, last_step
 from autofit.memory.splice import Unspliceable
 from autofit.memory.trace import FREED, TILE, Trace
-from autofit.memory.tracing import trace_candidate
 from autofit.space.candidate import Candidate
 from autofit.space.cards import Card, card_of
 from autofit.space.facts import DeviceFacts
@@ -74,10 +73,8 @@ def _derive(
         return None
     try:
         family = _Family.of(members[0].replace(micro_batch_size=rows), source, device, calibration)
-    except UsageError as error:
-        return [error] * len(members)
-    except Exception:
-        return None
+    except UsageError:
+        return None  # one by one they say why, and what cannot be traced with many rows may be with few
     return None if family is None else [family.estimate(member.micro_batch_size) for member in members]
 
 
@@ -125,7 +122,7 @@ class _Family:
     ) -> _Family | None:
         """The family of a template; None where values decide how much it needs, or a trace cannot be spliced."""
         with contextlib.suppress(Unspliceable):
-            traced = trace_candidate(template, source, device, rows=template.micro_batch_size)
+            traced = traced_rows(template, source, device)
             trace = spliced(traced)
             if trace.guesses or traced.undecided:
                 return None
@@ -167,7 +164,8 @@ class _Family:
         if self.device.type == "cpu":
             return 1.0
         rows = max(1, 8192 // self.template.max_seq_length)
-        sizes = [FREED if size < 0 else round(size) for size in self.sizes(rows).tolist()]
+        pairs = zip(self.trace.sizes, self.sizes(rows).tolist(), strict=True)
+        sizes = [FREED if traced == FREED else round(size) for traced, size in pairs]
         trace = replace(self.trace, sizes=sizes)
         allocated, reserved = replay(trace, expandable_segments=self.template.step == "autofit")
         return reserved / allocated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,11 +64,28 @@ def estimate(
         UsageError: no such model, a candidate that it cannot be built for, or a step that cannot be run without values;
             says which and why.
     """
-    try:
+    with _named(source):
         return _estimate(candidate, source, device, calibration)
-    except UsageError:
+
+
+def traced_rows(template: Candidate, source: ModelSource, device: DeviceFacts) -> Traced:
+    """The trace of a candidate whose rows, a prime, stand for any number.
+
+    Raises:
+        UsageError: as `estimate` does.
+    """
+    with _named(source):
+        return trace_candidate(template, source, device, rows=template.micro_batch_size)
+
+
+@contextlib.contextmanager
+def _named(source: ModelSource) -> Iterator[None]:
+    """What a model raises where its values are missing becomes one line that names it."""
+    try:
+        yield
+    except (UsageError, Unspliceable):
         raise
-    except Exception as error:  # a model may raise anything where its values are missing
+    except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UsageError(f"model {source.model}: its step cannot be traced: {why[:300]}") from error
 
