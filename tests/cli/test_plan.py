@@ -9,7 +9,7 @@ from autofit.cli.main import main
 from autofit.space.cards import CARDS
 
 # One rung and few rows: what is tested here is the way through, not the size of the space.
-SMALL = ("--order", "batch,checkpointing", "--pin", "micro_batch_size=2")
+SMALL = ("--order", "batch", "--pin", "micro_batch_size=2")
 
 
 @pytest.fixture
@@ -74,14 +74,14 @@ def test_a_card_without_bfloat16_computes_in_float16(plan, tiny_model):
 
 
 def test_it_is_told_in_100_columns_and_40_lines(plan, tiny_model):
-    code, out, err = plan("--model", tiny_model, "--gpu-mem", "8GB", *SMALL)
+    code, out, err = plan("--model", tiny_model, "--gpu-mem", "8GB", "--order", "checkpointing", *SMALL[2:])
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert len(lines) <= 40
     assert all(len(line.rstrip()) <= 100 + len(str(tiny_model)) for line in lines)
     assert "no GPU here: planned for " in out
     assert "nothing is given up that changes the result" in out
-    assert "2 × 512" in out
+    assert "best     2 × 512 tokens, not quantized (bfloat16), rank 16" in out
     assert "largest micro-batch at" in out
     assert "cheapest card that runs this as asked: " in out
     assert "± 25 %" in out
@@ -112,7 +112,6 @@ def test_nothing_fits_is_exit_3_with_the_nearest_miss_and_a_card(plan, tiny_mode
     assert code == 3
     (line,) = err.splitlines()
     assert "nothing fits 1.20 GB; the nearest miss (micro-batch 2, length 512, " in line
-    assert "free micro_batch_size" in line
     assert "the cheapest card that would run this as asked" in line
     assert "best " not in out
 

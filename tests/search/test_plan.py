@@ -21,14 +21,14 @@ DEVICE = facts_of(CARDS["rtx-4090"])
 GB = 10**9
 
 
-def estimated(candidate, need, speed, bracket=None):
+def estimated(candidate, need, speed, bracket=None, weights=0):
     return Estimated(
         candidate=candidate,
         peak_allocated_bytes=need // 2,
         peak_reserved_bytes=need // 2,
         device_bytes=need,
         tokens_per_second=speed,
-        breakdown_bytes={"weights": need},
+        breakdown_bytes={"weights": weights, "activations": need - weights},
         peak_phase="backward of layer 0",
         bracket=bracket,
     )
@@ -153,6 +153,9 @@ def test_where_nothing_fits_one_line_says_what_came_nearest_and_what_would_do():
     assert "nearest miss" in text
     assert "free lora_rank" in text
     assert "use rtx-3060" in text
+    # No other knob makes room for weights that do not fit.
+    heavy = [estimated(WISH.replace(quantization_bits=4), 5 * GB, 1.0, weights=4 * GB)]
+    assert "free" not in why_nothing_fits(plan_of(heavy, GB), space)
 
 
 def test_a_plan_is_json():
