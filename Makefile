@@ -8,11 +8,11 @@ DEMO ?= autofit-runs
 demo: .venv/.installed
 	@rm -rf $(DEMO)/demo $(DEMO)/demo-half
 	$(BIN)/autofit run --gpu-mem 24GB --output-dir $(DEMO)/demo
-	@echo; echo "Once more with half of that, to watch it run out of memory and step down:"; echo
+	@echo; echo "Once more with half of that and without estimates, to watch it run out of memory and step down:"; echo
 	@# Half of what the tensors took; on a GPU the CUDA context stays.
 	$(BIN)/autofit run --gpu-mem $$($(BIN)/python -c "import json; m = json.load(open('$(DEMO)/demo/plan.json'))['measured']; \
 	print(m['device_bytes'] - m['peak_allocated_bytes'] // 2)")B \
-	--max-steps 10 --output-dir $(DEMO)/demo-half
+	--search measure --max-steps 10 --output-dir $(DEMO)/demo-half
 
 test: lint typecheck contracts pytest
 

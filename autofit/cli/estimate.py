@@ -12,9 +12,11 @@ from autofit.errors import AutofitError, UsageError
 
 if TYPE_CHECKING:
     from autofit.cases import Case
+    from autofit.memory.calibration import Calibration
     from autofit.memory.estimate import Estimate
     from autofit.memory.settled import Settled
     from autofit.report.explain import Explained
+    from autofit.space.facts import DeviceFacts
 
 
 def estimate(
@@ -80,6 +82,7 @@ class Estimator:
         transformers.logging.set_verbosity_error()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         self._settler = Settler(trust_remote_code)
+        self._calibrations: dict[DeviceFacts, Calibration | None] = {}
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The case as it was settled and what it is estimated to take.
@@ -114,13 +117,22 @@ class Estimator:
 
         settled = self.settle(case)
         try:
-            return settled, estimate(settled.candidate, settled.source, settled.device)
+            return settled, estimate(settled.candidate, settled.source, settled.device, self._calibration(settled))
         except AutofitError:
             raise
         except Exception as error:
             # Architectures fail in ways that nobody can foresee.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise AutofitError(f"model {case.model}: its step cannot be traced: {reason}") from error
+
+    def _calibration(self, settled: Settled) -> Calibration | None:
+        """What `autofit calibrate` kept for the device; looked up once for each."""
+        from autofit.memory.calibration import load_calibration
+
+        device = settled.device
+        if device not in self._calibrations:
+            self._calibrations[device] = load_calibration(device, lambda text: typer.echo(f"warning  {text}", err=True))
+        return self._calibrations[device]
 
     def explain(self, case: Case) -> Explained:
         """The case's estimate with all that `autofit.report.explain.print_page` tells.

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from autofit import __version__
+from autofit.cli.calibrate import calibrate
 from autofit.cli.estimate import estimate
 from autofit.cli.plan import plan
 from autofit.cli.probe import probe
@@ -26,6 +27,7 @@ app.command()(run)
 app.command()(plan)
 app.command()(estimate)
 app.command()(probe)
+app.command()(calibrate)
 
 
 def _print_version(asked: bool) -> None:

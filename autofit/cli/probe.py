@@ -13,6 +13,7 @@ from autofit.errors import AutofitError
 
 if TYPE_CHECKING:
     from autofit.cases import Case
+    from autofit.trial.job import Outcome
     from autofit.trial.sandbox import Sandbox
 
 ENTRY = "autofit.trial.probe:run_probe"
@@ -84,18 +85,9 @@ class Prober:
         """
         from autofit.search.runner import trial_result
         from autofit.trial.classify import own_error
-        from autofit.trial.job import Job
         from autofit.trial.result import TrialStatus
 
-        outcome = self.sandbox.run(
-            Job(
-                entry=ENTRY,
-                request=self._request(case),
-                folder=self.folder / "trial",
-                deadline_seconds=self.timeout_seconds,
-                env=_environment(case),
-            )
-        )
+        outcome = self.run(case)
         error = own_error(outcome)
         result = trial_result(outcome)
         settled = _settled(outcome.phase_record)
@@ -106,6 +98,20 @@ class Prober:
             return {**settled, **measured}
         reason = str(error) if isinstance(error, AutofitError) else f"{result.status}: {result.message}"
         return {**settled, **measured, "error": reason}
+
+    def run(self, case: Case) -> Outcome:
+        """The case's child, run to its end; the candidate as settled stands in the phase record."""
+        from autofit.trial.job import Job
+
+        return self.sandbox.run(
+            Job(
+                entry=ENTRY,
+                request=self._request(case),
+                folder=self.folder / "trial",
+                deadline_seconds=self.timeout_seconds,
+                env=_environment(case),
+            )
+        )
 
     def _request(self, case: Case) -> dict[str, Any]:
         return {

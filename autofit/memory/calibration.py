@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from autofit.space.cards import card_of
 from autofit.space.facts import DeviceFacts
 
 # Whose versions change what a step needs.
@@ -83,7 +84,8 @@ def calibration_file() -> Path:
 
 def _kind(device: DeviceFacts) -> str:
     """One entry's name: the device, and the versions that measured."""
-    name = "cpu" if device.type == "cpu" else device.name
+    card = card_of(device.name, device.total_bytes)
+    name = "cpu" if device.type == "cpu" else card.name if card is not None else device.name
     return " | ".join([name, *(f"{library} {_version(library)}" for library in _LIBRARIES)])
 
 
@@ -112,7 +114,9 @@ def _checked(entry: Any) -> Calibration:
     """
     try:
         found = Calibration(**entry)
-        good = found.speed > 0 and all(isinstance(n, int) for n in (found.context_bytes, found.allocated_bytes))
+        good = 0 < found.speed < float("inf") and all(
+            isinstance(n, int) for n in (found.context_bytes, found.allocated_bytes)
+        )
     except TypeError:
         good = False
     if not good:

@@ -41,6 +41,9 @@ class Dispatch(contextlib.AbstractContextManager["Dispatch"]):
 
     def __enter__(self) -> Dispatch:
         _register()
+        # A trace has no work for a pool of threads; they would only wait for it, spinning.
+        self._stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         _active.append(self)
         self._stack.callback(_active.remove, self)
         self._stack.enter_context(_key_on())

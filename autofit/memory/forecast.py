@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from autofit.errors import UsageError
 from autofit.memory.calibration import Calibration
 from autofit.memory.derive import estimate_many
 from autofit.memory.estimate import Estimate
+from autofit.memory.link import with_link
 from autofit.space.candidate import Candidate
+from autofit.space.cards import card_of
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
 
@@ -22,17 +25,22 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
         {"estimates": [{the peaks, tokens_per_second, bracket}, or {"error"}, one for each candidate]}.
     """
     report("estimate")
-    calibration = request["calibration"]
-    found = estimate_many(
-        [Candidate.from_json(candidate) for candidate in request["candidates"]],
-        ModelSource(**request["source"]),
-        DeviceFacts.from_json(request["device"]),
-        Calibration(**calibration) if calibration is not None else None,
+    given = request["calibration"]
+    device = DeviceFacts.from_json(request["device"])
+    candidates = [Candidate.from_json(candidate) for candidate in request["candidates"]]
+    answers = estimate_many(
+        candidates, ModelSource(**request["source"]), device, Calibration(**given) if given is not None else None
     )
-    return {"estimates": [_told(one) for one in found]}
+    found = {c: a for c, a in zip(candidates, answers, strict=True) if not isinstance(a, UsageError)}
+    card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
+    if card is not None:
+        found = dict(with_link(list(found.items()), card))
+    return {
+        "estimates": [
+            _told(found[c]) if c in found else {"error": str(a)} for c, a in zip(candidates, answers, strict=True)
+        ]
+    }
 
 
-def _told(found: Estimate | Exception) -> dict[str, Any]:
-    if isinstance(found, Exception):
-        return {"error": str(found)}
+def _told(found: Estimate) -> dict[str, Any]:
     return {name: getattr(found, name) for name in _TOLD}

@@ -64,7 +64,6 @@ def trace_candidate(
     Raises:
         UsageError: no such model, or a candidate that cannot be built.
     """
-    torch.set_num_threads(1)  # a trace has no work for more; those of a pool would only wait, spinning
     policy = replace(resolve_policy(candidate, device), device="meta")
     skeleton = empty_base(load_config(source), policy.weight_dtype, policy.attention, source.trust_remote_code)
     num_layers = len(checkpointable_layers(skeleton))

@@ -6,26 +6,24 @@ As in `search.controller`: at most `MAX_TRIALS` trials, no candidate twice, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from autofit.search.attempts import Attempts, Choice
 from autofit.search.correction import Correction
 from autofit.search.facts import Facts, Verdict
 from autofit.search.forecast import Forecaster, Prediction
-from autofit.search.grow import fastest, given_up
+from autofit.search.grow import fastest
 from autofit.search.outcome import Observer, Runner, SearchOutcome, SearchSpace, Trial, TrialStore
 from autofit.space.budget import MemoryBudget
-from autofit.space.candidate import Candidate
-from autofit.space.stages import Stage, stages
+from autofit.space.candidate import LOSSLESS, OFFLOADING, Candidate
+from autofit.space.ladder import RUNGS
+from autofit.space.plan_space import plan_rungs
 from autofit.trial.result import TrialStatus
 
 # Another candidate must promise to be so much faster than what was measured to be worth a trial.
 WORTH = 1.05
-# Estimated speeds that are no further apart count as equal; what gives up less is taken.
-_AS_FAST = 0.98
 # Once something was tried, what is estimated to need more than this share of the usable bytes is not hoped for.
 _HOPE = 1.25
-# So many estimates are asked for at once where the first that fits is wanted, not the fastest.
-_AT_ONCE = 8
 
 
 class NoForecast(Exception):
@@ -54,7 +52,7 @@ def plan_and_probe(
 class _PlannedSearch:
     def __init__(self, space: SearchSpace, budget: MemoryBudget, forecaster: Forecaster, attempts: Attempts) -> None:
         self._space, self._usable_bytes = space, budget.usable_bytes
-        self._stages = stages(space.wish, space.limits, space.order)
+        self._rungs = plan_rungs(space.wish, space.limits, space.order)
         self._attempts, self._facts = attempts, attempts.facts
         self._outlook = _Outlook(forecaster)
         self._correction = Correction(self._usable_bytes)
@@ -80,7 +78,7 @@ class _PlannedSearch:
         if fits is None:
             if self._attempts.left == 1:
                 return self._last_resort()
-            candidate = self._best_of(self._stages)
+            candidate = self._best_of(self._rungs)
             if candidate is None:
                 return self._last_resort()
             first = not self._facts.trials
@@ -88,10 +86,10 @@ class _PlannedSearch:
         number, trial = fits
         if trial.candidate == self._space.wish:
             return None
-        earlier = self._best_of(self._stages[:number])
+        earlier = self._best_of(self._rungs[:number])
         if earlier is not None:
             return self._choice(earlier, "gives up less, by the corrected estimates")
-        faster = self._best_in(self._stages[number])
+        faster = self._best_in(self._rungs[number])
         if faster is None or self._facts.tried(faster) or not self._pays(faster):
             return None
         return self._choice(faster, "faster, by the corrected estimates")
@@ -100,45 +98,49 @@ class _PlannedSearch:
         return Choice(candidate, reason, self._need(candidate))
 
     def _first_fit(self) -> tuple[int, Trial] | None:
-        """The earliest stage with a trial that fits, and the first such trial."""
-        for number, stage in enumerate(self._stages):
-            members = set(stage.candidates)
-            for trial in self._facts.trials:
-                if trial.result.status is TrialStatus.FIT and trial.candidate in members:
-                    return number, trial
-        return None
+        """The earliest rung with a trial that fits, and the first such trial."""
+        fits = [trial for trial in self._facts.trials if trial.result.status is TrialStatus.FIT]
+        found = ((n, t) for n, rung in enumerate(self._rungs) for t in fits if t.candidate in rung)
+        return next(found, None)
 
-    def _best_of(self, among: Sequence[Stage]) -> Candidate | None:
-        """The best candidate of the first stage in which one should fit."""
+    def _best_of(self, among: Sequence[list[Candidate]]) -> Candidate | None:
+        """The best candidate of the first rung in which one should fit."""
         wish = self._space.wish
         if among and self._should_fit(wish):
             return wish
-        self._outlook.look([stage.lightest for stage in among])
-        for stage in among:
-            # Where not even the lightest fits, or nobody can say, the others need not be asked.
-            best = self._best_in(stage) if self._may_fit(stage.lightest) else None
+        for rung in among:
+            # Where not even the last of it fits, or nobody can say, the others need not be asked.
+            self._outlook.look(rung[-1:])
+            best = self._best_in(rung) if self._may_fit(rung[-1]) else None
             if best is not None:
                 return best
         return None
 
-    def _best_in(self, stage: Stage) -> Candidate | None:
-        """The fastest candidate of a stage that should fit; where speeds are not known, the first that should."""
+    def _best_in(self, rung: list[Candidate]) -> Candidate | None:
+        """The fastest candidate of a rung that should fit; where speeds are not known, the first that should."""
         if not self._outlook.knows_speeds:
-            return next(filter(self._should_fit, self._looked_at(stage.candidates)), None)
-        self._outlook.look(stage.candidates)
-        speeds = {c: self._speed(c) for c in stage.candidates if self._should_fit(c)}
-        if not speeds:
-            return None
-        enough = _AS_FAST * max(speeds.values())
-        as_fast = [c for c, speed in speeds.items() if speed >= enough]
-        return min(as_fast, key=lambda c: (given_up(c, self._space.wish), -speeds[c]))
+            return next(filter(self._should_fit, self._looked_at(sorted(rung, key=self._given_up))), None)
+        self._outlook.compare(rung)
+        fitting = filter(self._should_fit, rung)
+        return min(fitting, key=lambda c: (-self._speed(c), self._given_up(c)), default=None)
 
     def _looked_at(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-        """The candidates in their order, estimated as far as they are taken."""
-        for start in range(0, len(candidates), _AT_ONCE):
-            some = candidates[start : start + _AT_ONCE]
-            self._outlook.look(some)
-            yield from some
+        """The candidates in their order, estimated as far as they are taken; rows are cheap to estimate together."""
+        for _, some in groupby(candidates, key=lambda c: c.replace(micro_batch_size=1)):
+            alike = list(some)
+            self._outlook.look(alike)
+            yield from alike
+
+    def _given_up(self, candidate: Candidate) -> tuple[int, ...]:
+        """How far each lossless knob is from the wish, what the order gives up last first."""
+        wish = self._space.wish
+        far = {
+            "micro_batch_size": wish.micro_batch_size - candidate.micro_batch_size,
+            "checkpointed_layers": candidate.checkpointed_layers,
+            "optimizer": int(candidate.optimizer != wish.optimizer),
+            "offload_activations": OFFLOADING.index(candidate.offload_activations),
+        }
+        return tuple(far[RUNGS[name]] for name in reversed(self._space.order) if RUNGS[name] in LOSSLESS)
 
     def _need(self, candidate: Candidate) -> int | None:
         """Corrected bytes on the device; None where there is no estimate."""
@@ -154,7 +156,7 @@ class _PlannedSearch:
         return self._correction.speed(known) if known is not None else 0.0
 
     def _may_fit(self, candidate: Candidate) -> bool:
-        """As `_should_fit`, but a candidate that cannot be used may still say something about its stage."""
+        """As `_should_fit`, but a candidate that cannot be used may still say something about its rung."""
         if self._facts.verdict(candidate) is Verdict.UNUSABLE:
             return True
         return self._should_fit(candidate)
@@ -175,7 +177,7 @@ class _PlannedSearch:
 
     def _last_resort(self) -> Choice | None:
         """Nothing should fit any more: the one that needs least, for estimates may be wrong, but not by any amount."""
-        lightest = [self._space.wish, *(stage.lightest for stage in self._stages)]
+        lightest = [self._space.wish, *(rung[-1] for rung in self._rungs)]
         self._outlook.look(lightest)
         open_ones = [c for c in lightest if self._facts.verdict(c) in (Verdict.UNKNOWN, Verdict.FITS)]
         needs = {c: known.device_bytes for c in open_ones if (known := self._outlook.of(c)) is not None}
@@ -201,11 +203,12 @@ class _PlannedSearch:
 
 
 class _Outlook:
-    """The estimates so far; each candidate is asked for once."""
+    """The estimates so far."""
 
     def __init__(self, forecaster: Forecaster) -> None:
         self._forecaster = forecaster
         self._answers: dict[Candidate, Prediction | str] = {}
+        self._compared: set[Candidate] = set()
         self.knows_speeds = False
 
     def look(self, candidates: Sequence[Candidate]) -> None:
@@ -222,6 +225,12 @@ class _Outlook:
         self.knows_speeds = any(p.tokens_per_second is not None for p in predictions)
         if not predictions and len(self._answers) > 1:
             raise NoForecast(next(why for why in self._answers.values() if isinstance(why, str)))
+
+    def compare(self, candidates: Sequence[Candidate]) -> None:
+        """Has these estimated together: what offloading costs is only known beside the same without it."""
+        if not self._compared.issuperset(candidates):
+            self._compared.update(candidates)
+            self._answers.update(zip(candidates, self._forecaster.predict(candidates), strict=True))
 
     def of(self, candidate: Candidate) -> Prediction | None:
         answer = self._answers.get(candidate)

@@ -9,6 +9,7 @@ from typing import Any
 
 from autofit.config import RunConfig
 from autofit.errors import AutofitError, UsageError
+from autofit.memory.calibration import load_calibration
 from autofit.search.outcome import SearchSpace
 from autofit.search.plan import Plan, make_plan
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
@@ -60,6 +61,8 @@ def plan_run(config: RunConfig, sandbox: Sandbox, folder: Path, say: Callable[[s
     prepared = _prepared(config, found)
     space, budget = search_space(config, prepared)
     notes = (*prepared.notes, *starts_lower(config, prepared, space.wish))
+    unread: list[str] = []
+    calibration = load_calibration(prepared.device, unread.append)
     say("estimating")
     asked = PlanRequest(
         source=prepared.source,
@@ -70,10 +73,13 @@ def plan_run(config: RunConfig, sandbox: Sandbox, folder: Path, say: Callable[[s
         usable_bytes=budget.usable_bytes,
         longest=prepared.model.max_positions or 4 * space.wish.max_seq_length,
         own_dtype=config.dtype is None,
+        calibration=None if calibration is None else vars(calibration),
     )
     answer = _ask(sandbox, "autofit.memory.planning:run_plan", asked.to_json(), folder)
     plan = make_plan(space.wish, budget, prepared.device, answer)
-    return Planned(prepared=prepared, space=space, plan=plan, notes=notes, assumed_length=config.data is None)
+    return Planned(
+        prepared=prepared, space=space, plan=plan, notes=(*notes, *unread), assumed_length=config.data is None
+    )
 
 
 def _prepared(config: RunConfig, found: dict[str, Any]) -> Prepared:

@@ -55,6 +55,11 @@ def run_probe(request: dict[str, Any], report: PhaseReport) -> dict[str, Any]:
     return run_trial(trial.to_json(), report)
 
 
+def tell_device(request: dict[str, Any], report: PhaseReport) -> dict[str, Any]:
+    """The present device, as `DeviceFacts` in JSON."""
+    return detect_device().to_json()
+
+
 def _device(asked: str) -> DeviceFacts:
     if asked == "cpu":
         return cpu_facts()

@@ -15,8 +15,8 @@ from autofit.search.attempts import MAX_TRIALS
 from autofit.search.forecast import Prediction, prediction_of
 from autofit.search.outcome import SearchOutcome, SearchSpace, TrialEvent
 from autofit.search.planned import NoForecast, plan_and_probe
-from autofit.space.candidate import LOSSY, Candidate
-from autofit.space.stages import Stage, stages
+from autofit.space.candidate import LOSSY, OFFLOADING, Candidate
+from autofit.space.plan_space import plan_rungs
 from autofit.trial.result import TrialResult, TrialStatus
 
 from .landscapes import Landscape, MemoryStore, budget_of, default_space, ignore, plausible, wild
@@ -52,7 +52,6 @@ def search(space: SearchSpace, landscape: Landscape, estimates: Estimates, runne
     tried = [t.candidate for t in outcome.trials]
     assert landscape.runs == tried
     assert len(tried) == len(set(tried)), "a candidate was tried twice"
-    assert len(estimates.asked) == len(set(estimates.asked)), "a candidate was estimated twice"
     assert 1 <= len(tried) <= MAX_TRIALS
     if outcome.winner is not None:
         assert outcome.winner in outcome.trials
@@ -60,10 +59,10 @@ def search(space: SearchSpace, landscape: Landscape, estimates: Estimates, runne
     return outcome
 
 
-def first_stage_that_fits(space: SearchSpace, landscape: Landscape) -> list[Candidate] | None:
-    """By trying everything: the candidates that fit in the first stage that has some."""
-    for stage in stages(space.wish, space.limits, space.order):
-        fitting = [c for c in stage.candidates if landscape.need(c) <= landscape.usable]
+def first_rung_that_fits(space: SearchSpace, landscape: Landscape) -> list[Candidate] | None:
+    """By trying everything: the candidates that fit in the first rung that has some."""
+    for rung in plan_rungs(space.wish, space.limits, space.order):
+        fitting = [c for c in rung if landscape.need(c) <= landscape.usable]
         if fitting:
             return fitting
     return None
@@ -78,14 +77,14 @@ def lossy(candidate: Candidate) -> list[object]:
 def test_exact_estimates_take_one_trial_and_choose_the_fastest(seed: int) -> None:
     space, landscape = plausible(random.Random(seed))
     outcome = search(space, landscape, Estimates(landscape))
-    fitting = first_stage_that_fits(space, landscape)
+    fitting = first_rung_that_fits(space, landscape)
     assert len(outcome.trials) == 1
     if fitting is None:
         assert outcome.winner is None
         return
     assert outcome.winner is not None
     assert outcome.winner.candidate in fitting
-    assert landscape.speed(outcome.winner.candidate) >= 0.98 * max(map(landscape.speed, fitting))
+    assert landscape.speed(outcome.winner.candidate) >= 0.999999 * max(map(landscape.speed, fitting))
     assert outcome.winner.predicted_bytes == outcome.winner.result.device_bytes
 
 
@@ -101,14 +100,14 @@ def off_by_percents(rng: random.Random) -> tuple[SearchSpace, Landscape, Estimat
 def test_a_constant_error_of_a_few_percents_is_corrected(seed: int) -> None:
     space, landscape, estimates = off_by_percents(random.Random(seed))
     outcome = search(space, landscape, estimates)
-    fitting = first_stage_that_fits(space, landscape)
+    fitting = first_rung_that_fits(space, landscape)
     assert len(outcome.trials) <= 4
     if fitting is None:
         assert outcome.winner is None
         return
     assert outcome.winner is not None
     assert outcome.winner.candidate in fitting
-    assert landscape.speed(outcome.winner.candidate) >= max(map(landscape.speed, fitting)) * 0.98 / 1.05
+    assert landscape.speed(outcome.winner.candidate) >= max(map(landscape.speed, fitting)) / 1.0501
 
 
 def test_typically_one_trial_sometimes_two() -> None:
@@ -131,18 +130,18 @@ def test_wild_estimates_neither_break_the_bound_nor_give_up_what_was_measured_to
         return exact * 2 ** random.Random(f"{seed} {c}").uniform(-spread, spread)
 
     outcome = search(space, landscape, Estimates(landscape, need=guess, speeds=speeds))
-    in_stages = stages(space.wish, space.limits, space.order)
+    rungs = plan_rungs(space.wish, space.limits, space.order)
     fits = [t for t in outcome.trials if t.result.status is TrialStatus.FIT]
     assert (outcome.winner is None) == (not fits)
     if outcome.winner is not None:
-        best = min(stage_of(in_stages, t.candidate) for t in fits)
-        assert lossy(outcome.winner.candidate) == lossy(in_stages[best].lightest)
+        best = min(rung_of(rungs, t.candidate) for t in fits)
+        assert lossy(outcome.winner.candidate) == lossy(rungs[best][0])
         same = [t for t in fits if lossy(t.candidate) == lossy(outcome.winner.candidate)]
         assert outcome.winner.result.tokens_per_second == max(t.result.tokens_per_second for t in same)
 
 
-def stage_of(in_stages: tuple[Stage, ...], candidate: Candidate) -> int:
-    return next(i for i, stage in enumerate(in_stages) if candidate in stage.candidates)
+def rung_of(rungs: list[list[Candidate]], candidate: Candidate) -> int:
+    return next(i for i, rung in enumerate(rungs) if candidate in rung)
 
 
 @given(seeds)
@@ -150,9 +149,16 @@ def stage_of(in_stages: tuple[Stage, ...], candidate: Candidate) -> int:
 def test_without_speeds_the_order_of_the_ladder_decides(seed: int) -> None:
     space, landscape = plausible(random.Random(seed))
     outcome = search(space, landscape, Estimates(landscape, speeds=False))
-    fitting = first_stage_that_fits(space, landscape)
+    fitting = first_rung_that_fits(space, landscape)
     assert len(outcome.trials) == 1
-    assert (outcome.winner and outcome.winner.candidate) == (fitting and fitting[0])
+    if fitting is not None:
+        assert outcome.winner is not None
+        given_up = [
+            (OFFLOADING.index(c.offload_activations), c.optimizer, c.checkpointed_layers, -c.micro_batch_size)
+            for c in fitting
+        ]
+        least = fitting[given_up.index(min(given_up))]
+        assert outcome.winner.candidate == least
 
 
 def test_a_wish_that_fits_is_the_only_thing_estimated() -> None:
@@ -176,7 +182,7 @@ def test_nothing_fits_is_proven_by_the_trial_that_needs_least() -> None:
     space = default_space()
     outcome = search(space, landscape, Estimates(landscape))
     assert outcome.winner is None
-    assert [t.candidate for t in outcome.trials] == [stages(space.wish, space.limits)[-1].lightest]
+    assert [t.candidate for t in outcome.trials] == [plan_rungs(space.wish, space.limits, space.order)[-1][-1]]
     assert outcome.nearest_miss is outcome.trials[0]
     assert outcome.nearest_miss_bytes == landscape.need(outcome.trials[0].candidate)
 
