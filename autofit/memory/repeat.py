@@ -13,7 +13,7 @@ def repeat_step(trace: Trace) -> Trace:
     """The trace of one optimizer step, followed by a second one.
 
     What the first step leaves for good (workspaces, states) is not made again. What else it leaves (its losses) is let
-    go once the second has stepped.
+    go once the second has stepped. What was there before it and went in it (its batch) is made again.
     """
     begin, first = next((event, operation) for event, operation, section in trace.sections if section.step)
     stepped = next(event for event, _, section in trace.sections if section.kind == AFTER)
@@ -23,6 +23,10 @@ def repeat_step(trace: Trace) -> Trace:
     keys, sizes = [*trace.keys], [*trace.sizes]
     labels, per_row = {**trace.labels}, {**trace.per_row}
     place: dict[int, int] = {}
+    for key, size in _batch(trace, begin):
+        keys.append(key + offset)
+        sizes.append(size)
+        born.add(key)
     for event in range(begin, len(trace.keys)):
         if event == stepped:
             keys.extend(sorted(left - for_good))
@@ -30,7 +34,7 @@ def repeat_step(trace: Trace) -> Trace:
         place[event] = len(keys)
         key, size = trace.keys[event], trace.sizes[event]
         if key in for_good or key not in born:
-            continue  # what was there before the first step and went in it does not go again
+            continue
         again = key + offset
         keys.append(again)
         sizes.append(size)
@@ -55,6 +59,13 @@ def repeat_step(trace: Trace) -> Trace:
         guesses=trace.guesses,
         per_row=per_row,
     )
+
+
+def _batch(trace: Trace, begin: int) -> list[tuple[int, int]]:
+    """(key, bytes) of what was there before the step and goes in it."""
+    gone = {key for key, size in zip(trace.keys[begin:], trace.sizes[begin:], strict=True) if size == FREED}
+    before = zip(trace.keys[:begin], trace.sizes[:begin], strict=True)
+    return [(key, size) for key, size in before if size != FREED and key in gone]
 
 
 def _born_and_left(trace: Trace, begin: int) -> tuple[set[int], set[int]]:

@@ -80,7 +80,7 @@ class Tracer(Ledger):
     Attributes:
         section: where in the step we are.
         backward: whether autograd's thread is at work.
-        owners: the layer that a parameter's storage belongs to.
+        owners: the layer that a storage belongs to (a parameter's, and in the optimizer what is made of it; −1: none).
         undecided: whether an operation has been met whose memory depends on values.
     """
 
@@ -144,10 +144,12 @@ class Tracer(Ledger):
             if made is not None and serial is not None and made > serial:
                 self._became[serial] = made
 
-    def gradients(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Says that these are gradients, and that what the optimizer does with each belongs to its layer."""
-        tensors = list(tensors)
-        self.label(tensors, "gradients")
+    def gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        """The gradients of these parameters are labelled; what the optimizer does with each belongs to its layer."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.label((parameter.grad,), "gradients")
+                self.owners[_identity(parameter.grad)] = self.owners.get(_identity(parameter), -1)
 
     def finish(self) -> Trace:
         """The trace until now; nothing that follows is written down in it."""
@@ -181,9 +183,13 @@ class Tracer(Ledger):
                 self._ignore(out)
             else:
                 self._count(out)
+            if self.section.kind == OPTIMIZER and _identity(out) in self._of_storage:
+                self.owners.setdefault(_identity(out), self.section.layer)
             if func is aten.empty.memory_format and self.section.kind == BETWEEN and out.dim() == 2:
                 self.label((out,), TILE)
         elif isinstance(out, (tuple, list)):
+            if self.section.kind == OPTIMIZER:
+                self._count_for_owners(args, out)
             self._count_all(out)
         for key, size in taken:
             self._give(key, size)
@@ -224,11 +230,18 @@ class Tracer(Ledger):
 
     def _by_owner(self, args: Any) -> None:
         """In the optimizer, an operation on one layer's parameters belongs to that layer, and what follows from it."""
-        found = {self.owners.get(t.untyped_storage()._cdata) for t in _among(args)} - {None}
-        if len(found) == 1:
-            self.enter(Section(self.section.step, OPTIMIZER, found.pop() or 0))
-        elif found:
-            self.enter(Section(self.section.step, OPTIMIZER))
+        found = {self.owners.get(_identity(t), -1) for t in _among(args) if _identity(t) in self.owners}
+        if found:
+            self.enter(Section(self.section.step, OPTIMIZER, found.pop() if len(found) == 1 else -1))
+
+    def _count_for_owners(self, args: Any, outs: Any) -> None:
+        """A `_foreach` operation makes one tensor for each that it is given: that one's layer has it."""
+        given = next((a for a in args if isinstance(a, (tuple, list)) and len(a) == len(outs)), ())
+        for tensor, out in zip(given, outs, strict=False):
+            owner = self.owners.get(_identity(tensor), -1)
+            self.enter(Section(self.section.step, OPTIMIZER, owner))
+            self._count(out)
+            self.owners.setdefault(_identity(out), owner)
 
     def _outlier_columns(self, rows: torch.Tensor) -> int:
         """Columns of an int8 input with a value beyond the threshold: few in trained models, so none; or all."""
@@ -268,9 +281,14 @@ class Tracer(Ledger):
 
     def _drop(self, key: int) -> None:
         size = self._sizes.pop(key, 0)
+        self.owners.pop(key, None)
         serial = self._of_storage.pop(key, None)
         if serial is not None:
             self._give(serial, size)
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _among(values: Any) -> Iterable[torch.Tensor]:

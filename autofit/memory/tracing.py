@@ -139,8 +139,8 @@ class _Run:
         self.step.report = self._enter
         handles = self._watch_layers()
         handles.append(rehearsal.optimizer.register_step_post_hook(self._stepped))
-        owners = {p.untyped_storage()._cdata: i for i, layer in enumerate(self.layers) for p in layer.parameters()}
-        self.tracer.owners = owners
+        for index, layer in [(-1, model), *enumerate(self.layers)]:
+            self.tracer.owners.update((p.untyped_storage()._cdata, index) for p in layer.parameters())
         for batch in batches:
             for count in rehearsal.counts[-1:] if self.once else rehearsal.counts:
                 rehearsal.optimizer_step(batch, count)
@@ -173,7 +173,7 @@ class _Run:
             self.backward = self.tracer.backward = True
             self.tracer.enter(Section(self.pass_number, BETWEEN))
         else:
-            self.tracer.gradients(p.grad for p in self.step.model.parameters() if p.grad is not None)
+            self.tracer.gradients(self.step.model.parameters())
             self.tracer.enter(Section(self.pass_number, OPTIMIZER))
 
     def _stepped(self, *_: Any) -> None:
