@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from autofit.step.policy import resolve_policy
 from autofit.step.rehearsal import Rehearsal
 from autofit.step.step import build_step, costliest_batches
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 # Triton's kernels and cuBLAS's addition into float32 are no operations on meta tensors, and take no memory.
 ONLY_ON_THE_CARD = ("aten.addmm.dtype_out",)
@@ -61,8 +62,6 @@ def _rehearse(candidate: Candidate, source: ModelSource, device: DeviceFacts, wh
 def test_meta_tensors_run_the_cards_operations(
     model_type: str, checkpointed: int, bits: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    import json
-
     config = {
         "model_type": model_type,
         "hidden_size": 256,
