@@ -104,6 +104,11 @@ def test_the_flags_of_plan_are_in_its_table():
     assert sorted(in_table) == sorted(set(run_options("plan")) - {"--help"})
 
 
+def test_the_flags_of_calibrate_are_in_its_table():
+    in_table = [flag for row in rows(section("Calibrate for your card")) for flag in code(row[0])]
+    assert sorted(in_table) == sorted(set(run_options("calibrate")) - {"--help"})
+
+
 def test_what_is_repeatable_is_said_to_be():
     for flag, _, what in rows(section("Flags")):
         assert ("repeatable" in what) == run_options()[code(flag)[0]].multiple, flag
@@ -185,11 +190,12 @@ def test_the_picture_of_the_output_is_what_the_terminal_writes():
         r"trial (\d) +(FIT|OOM) +(\d+) ×.*? (?:worst case (?P<peak>[\d.]+ .B), (?P<speed>[\d,]+) tokens/s|"
         r"out of memory in (?P<phase>\w+), asking for (?P<asked>[\d.]+ .B) more"
         r"(?: \(would need about (?P<need>[\d.]+ .B)\))?)"
+        r"(?: \(predicted (?P<predicted>[\d.]+ .B)\))?"
     )
     for line in lines:
         match = pattern.fullmatch(line)
         assert match is not None, line
-        sizes = {k: parse_bytes(match[k]) if match[k] else None for k in ("peak", "asked", "need")}
+        sizes = {k: parse_bytes(match[k]) if match[k] else None for k in ("peak", "asked", "need", "predicted")}
         result = TrialResult(
             status=TrialStatus(match[2]),
             phase=match["phase"] or "done",
@@ -201,7 +207,16 @@ def test_the_picture_of_the_output_is_what_the_terminal_writes():
         candidate = Candidate(micro_batch_size=int(match[3]), **wide)
         terminal = Terminal()
         terminal.console = Console(file=io.StringIO(), highlight=False, soft_wrap=True)
-        terminal.trial(TrialEvent(kind="end", number=int(match[1]) - 1, candidate=candidate, reason="", result=result))
+        terminal.trial(
+            TrialEvent(
+                kind="end",
+                number=int(match[1]) - 1,
+                candidate=candidate,
+                reason="",
+                predicted_bytes=sizes["predicted"],
+                result=result,
+            )
+        )
         assert terminal.console.file.getvalue().rstrip("\n") == line
 
 

@@ -76,8 +76,8 @@ def test_json_prints_one_document_and_the_adapter_loads(tiny_model, data, tmp_pa
     assert "finished run" in again.stderr
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_a_run_fits_a_tight_budget_on_nothing_but_the_longest(tiny_model, tmp_path, share):
+@pytest.mark.parametrize(("share", "search"), [(1.0, "plan"), (0.5, "plan"), (0.5, "measure")])
+def test_a_run_fits_a_tight_budget_on_nothing_but_the_longest(tiny_model, tmp_path, share, search):
     data = tmp_path / "long.jsonl"
     data.write_text((json.dumps({"text": "x" * 99}) + "\n") * 40)
 
@@ -91,11 +91,14 @@ def test_a_run_fits_a_tight_budget_on_nothing_but_the_longest(tiny_model, tmp_pa
 
     plan, _ = run("roomy")
     budget = int(plan["measured"]["device_bytes"] * share)
-    plan, end = run("tight", "--gpu-mem", f"{budget}B")
+    plan, end = run("tight", "--gpu-mem", f"{budget}B", "--search", search)
     assert plan["measured"]["device_bytes"] <= budget
     assert end["event"] == "training_end"
     assert 0.9 * plan["measured"]["device_bytes"] < end["device_bytes"] <= budget
-    assert any(trial["status"] == "OOM" for trial in plan["trials"]) == (share < 1)
+    assert any(trial["status"] == "OOM" for trial in plan["trials"]) == (search == "measure")
+    if search == "plan":
+        (trial,) = plan["trials"]
+        assert trial["predicted_bytes"] == plan["predicted_bytes"] == plan["measured"]["device_bytes"]
 
 
 def test_the_embedded_default_trains_on_real_text_and_keeps_its_base(tmp_path):
@@ -142,7 +145,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_model, data, tmp_path):
 def test_a_search_that_was_stopped_goes_on(tiny_model, data, tmp_path, how):
     folder = tmp_path / "run"
     command = [*RUN, "--model", tiny_model, "--data", data, "--max-steps", "2", "--output-dir", folder]
-    command = [*map(str, command), "--gpu-mem", "9MB"]
+    command = [*map(str, command), "--gpu-mem", "9MB", "--search", "measure"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         wait_for(lambda: (folder / "trials.jsonl").is_file() and (folder / "trials.jsonl").read_text(), process)
         process.send_signal(how)
