@@ -15,7 +15,7 @@ from autofit.memory.trace import BACKWARD, FREED, WORKSPACES, Section, Trace
 
 
 class Unspliceable(Exception):
-    """A layer of this model reaches further than to its neighbours: all layers have to be traced."""
+    """A layer of this model reaches further than to its neighbours, or something to all layers: trace every one."""
 
 
 @dataclass
@@ -58,6 +58,9 @@ def splice(trace: Trace, layers: Sequence[int], reach: int = 1) -> Trace:
     """
     if list(layers) == list(range(len(layers))):
         return trace
+    gathered = [i for i, traced in enumerate(layers) if traced in trace.gathered]
+    if len(gathered) > 1:
+        raise Unspliceable(f"the loss takes something from each of the layers {gathered}")
     stretches = _stretches(trace)
     births = _births(trace, stretches)
     whole = _Whole(Trace(guesses=trace.guesses), reach)

@@ -56,6 +56,8 @@ class Trace:
             rows of the micro-batch (known only where the tracer has `rows`).
         labels: what an allocation is, where more is known than when it lives ("weights", "gradients", …).
         guesses: how often a value that nobody has was made up, by what for.
+        gathered: layers from which the head and the loss take something. More than one (router logits): what they make
+            of it grows with the number of layers.
         per_row: of scratch: allocation → (bytes whatever the rows are, bytes for each row of the micro-batch).
     """
 
@@ -67,6 +69,7 @@ class Trace:
     grows: list[bool] = field(default_factory=list)
     labels: dict[int, str] = field(default_factory=dict)
     guesses: dict[str, int] = field(default_factory=dict)
+    gathered: set[int] = field(default_factory=set)
     per_row: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -80,7 +83,7 @@ class Tracer(Ledger):
     Attributes:
         section: where in the step we are.
         backward: whether autograd's thread is at work.
-        owners: the layer that a storage belongs to (a parameter's, and in the optimizer what is made of it; −1: none).
+        owners: the layer that a storage belongs to: a parameter's, or the one in whose part of the step it was made.
         undecided: whether an operation has been met whose memory depends on values.
     """
 
@@ -172,6 +175,8 @@ class Tracer(Ledger):
         kwargs = kwargs or {}
         if self.section.kind == OPTIMIZER:
             self._by_owner(args)
+        elif self.section.kind == BETWEEN:
+            self.trace.gathered |= self._owners_of(args) - {-1}
         if func in GEMMS or func.namespace == "bitsandbytes":
             self._take_workspace()
         scratch = self._scratch.get(func)
@@ -183,8 +188,6 @@ class Tracer(Ledger):
                 self._ignore(out)
             else:
                 self._count(out)
-            if self.section.kind == OPTIMIZER and _identity(out) in self._of_storage:
-                self.owners.setdefault(_identity(out), self.section.layer)
             if func is aten.empty.memory_format and self.section.kind == BETWEEN and out.dim() == 2:
                 self.label((out,), TILE)
         elif isinstance(out, (tuple, list)):
@@ -230,9 +233,12 @@ class Tracer(Ledger):
 
     def _by_owner(self, args: Any) -> None:
         """In the optimizer, an operation on one layer's parameters belongs to that layer, and what follows from it."""
-        found = {self.owners.get(_identity(t), -1) for t in _among(args) if _identity(t) in self.owners}
+        found = self._owners_of(args)
         if found:
             self.enter(Section(self.section.step, OPTIMIZER, found.pop() if len(found) == 1 else -1))
+
+    def _owners_of(self, args: Any) -> set[int]:
+        return {self.owners[_identity(t)] for t in _among(args) if _identity(t) in self.owners}
 
     def _count_for_owners(self, args: Any, outs: Any) -> None:
         """A `_foreach` operation makes one tensor for each that it is given: that one's layer has it."""
@@ -241,7 +247,6 @@ class Tracer(Ledger):
             owner = self.owners.get(_identity(tensor), -1)
             self.enter(Section(self.section.step, OPTIMIZER, owner))
             self._count(out)
-            self.owners.setdefault(_identity(out), owner)
 
     def _outlier_columns(self, rows: torch.Tensor) -> int:
         """Columns of an int8 input with a value beyond the threshold: few in trained models, so none; or all."""
@@ -277,6 +282,8 @@ class Tracer(Ledger):
         size = storage.nbytes()
         self._sizes[identity] = size
         self._of_storage[identity] = self._take(size)
+        if self.section.kind in (FORWARD, OPTIMIZER):
+            self.owners[identity] = self.section.layer
         weakref.finalize(storage, self._drop, identity)
 
     def _drop(self, key: int) -> None:
