@@ -121,7 +121,7 @@ class StockStep(Step):
         self._accepts_items = accepts_items(model.get_base_model())
         self._batches: list[StockBatch] = []
         self._items: torch.Tensor | None = None
-        self.running_loss = torch.zeros((), device=policy.device)
+        self.running_loss = torch.tensor(0.0, device=policy.device)
         self._last = self.running_loss
         self._norm: torch.Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""CUDA's autocast on meta tensors: its lists, its casts, autograd's part in them, and nothing of it outside Dispatch."""
+"""CUDA's autocast on meta tensors: its lists, its casts, and nothing of it outside Dispatch."""
 
 import re
 from pathlib import Path

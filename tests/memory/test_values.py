@@ -1,4 +1,4 @@
-"""What meta tensors are known to hold: through views, writes, masks and reads; and what is guessed where nobody knows."""
+"""What meta tensors are known to hold: through views, writes, masks and reads; and what is guessed."""
 
 import pytest
 import torch
