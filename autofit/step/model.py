@@ -22,6 +22,7 @@ from autofit.space.candidate import Candidate, is_checkpointed
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config
 from autofit.step.data_access import first_line, hub_error
+from autofit.step.loss import supports_chunked_loss
 from autofit.step.offload import StashedActivations, save_checkpoints_on_host
 from autofit.step.policy import StepPolicy
 from autofit.step.targets import target_modules
@@ -262,6 +263,8 @@ def checkpointable_layers(base: nn.Module) -> list[GradientCheckpointingLayer]:
 
 def add_lora(base: PreTrainedModel, candidate: Candidate, lora_alpha: int) -> PeftModel:
     """LoRA on the target layers: in float32, or as TRL has it in bfloat16 on a quantized base."""
+    if candidate.step == "autofit" and candidate.loss == "chunked" and not supports_chunked_loss(base):
+        raise UsageError(f"loss chunked: {type(base).__name__} does not make its logits in one product; use loss: full")
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=candidate.lora_rank,
