@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autofit.memory.trace import AFTER, FREED, WORKSPACES, Trace
+from autofit.memory.splice import Unspliceable
+from autofit.memory.trace import AFTER, BACKWARD, FORWARD, FREED, WORKSPACES, Trace
 
 _FOR_GOOD = (WORKSPACES, "optimizer")
 
@@ -14,11 +15,16 @@ def repeat_step(trace: Trace) -> Trace:
 
     What the first step leaves for good (workspaces, states) is not made again. What else it leaves (its losses) is let
     go once the second has stepped. What was there before it and went in it (its batch) is made again.
+
+    Raises:
+        Unspliceable: a layer keeps something of its own from step to step (a recurrent state).
     """
     begin, first = next((event, operation) for event, operation, section in trace.sections if section.step)
     stepped = next(event for event, _, section in trace.sections if section.kind == AFTER)
     for_good = {key for key, label in trace.labels.items() if label in _FOR_GOOD}
     born, left = _born_and_left(trace, begin)
+    if (left - for_good) & _made_in_layers(trace):
+        raise Unspliceable("a layer keeps something from step to step: both have to be traced")
     offset = max(trace.keys)
     keys, sizes = [*trace.keys], [*trace.sizes]
     labels, per_row = {**trace.labels}, {**trace.per_row}
@@ -59,6 +65,16 @@ def repeat_step(trace: Trace) -> Trace:
         guesses=trace.guesses,
         per_row=per_row,
     )
+
+
+def _made_in_layers(trace: Trace) -> set[int]:
+    """Allocations of the layers' forward and backward passes."""
+    ends = [event for event, _, _ in trace.sections[1:]] + [len(trace.keys)]
+    found: set[int] = set()
+    for (begin, _, section), end in zip(trace.sections, ends, strict=True):
+        if section.kind in (FORWARD, BACKWARD) and section.layer >= 0:
+            found.update(trace.keys[begin:end])
+    return found
 
 
 def _batch(trace: Trace, begin: int) -> list[tuple[int, int]]:

@@ -247,6 +247,7 @@ class Tracer(Ledger):
             owner = self.owners.get(_identity(tensor), -1)
             self.enter(Section(self.section.step, OPTIMIZER, owner))
             self._count(out)
+            self.owners.setdefault(_identity(out), owner)
 
     def _outlier_columns(self, rows: torch.Tensor) -> int:
         """Columns of an int8 input with a value beyond the threshold: few in trained models, so none; or all."""
@@ -282,7 +283,7 @@ class Tracer(Ledger):
         size = storage.nbytes()
         self._sizes[identity] = size
         self._of_storage[identity] = self._take(size)
-        if self.section.kind in (FORWARD, OPTIMIZER):
+        if self.section.kind == FORWARD:
             self.owners[identity] = self.section.layer
         weakref.finalize(storage, self._drop, identity)
 
