@@ -173,9 +173,8 @@ class Tracer(Ledger):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.section.kind == OPTIMIZER:
-            self._by_owner(args)
-        elif self.section.kind == BETWEEN:
+        owner = self._by_owner(args) if self.section.kind == OPTIMIZER else None
+        if self.section.kind == BETWEEN:
             self.trace.gathered |= self._owners_of(args) - {-1}
         if func in GEMMS or func.namespace == "bitsandbytes":
             self._take_workspace()
@@ -188,6 +187,8 @@ class Tracer(Ledger):
                 self._ignore(out)
             else:
                 self._count(out)
+            if owner is not None:
+                self.owners.setdefault(_identity(out), owner)
             if func is aten.empty.memory_format and self.section.kind == BETWEEN and out.dim() == 2:
                 self.label((out,), TILE)
         elif isinstance(out, (tuple, list)):
@@ -231,11 +232,17 @@ class Tracer(Ledger):
         self.section = section
         self.trace.sections.append((len(self.trace.keys), len(self.trace.flops), section))
 
-    def _by_owner(self, args: Any) -> None:
-        """In the optimizer, an operation on one layer's parameters belongs to that layer, and what follows from it."""
+    def _by_owner(self, args: Any) -> int | None:
+        """In the optimizer, an operation on one layer's tensors belongs to that layer, and what follows from it.
+
+        Returns the layer that has its result; None where it takes nothing of a layer (a map that all states share).
+        """
         found = self._owners_of(args)
-        if found:
-            self.enter(Section(self.section.step, OPTIMIZER, found.pop() if len(found) == 1 else -1))
+        if not found:
+            return None
+        owner = found.pop() if len(found) == 1 else -1
+        self.enter(Section(self.section.step, OPTIMIZER, owner))
+        return owner
 
     def _owners_of(self, args: Any) -> set[int]:
         return {self.owners[_identity(t)] for t in _among(args) if _identity(t) in self.owners}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from autofit.errors import UsageError
+from autofit.memory.estimate import estimate
 from autofit.space.candidate import Candidate
 from autofit.space.settle import settle
 from autofit.space.source import ModelSource
@@ -12,6 +13,8 @@ from autofit.step.inspect import inspect_model
 from autofit.step.policy import resolve_policy
 from autofit.step.step import build_step
 from autofit.step.targets import lora_targets_used
+from autofit.trial.phases import PhaseReport
+from autofit.trial.probe import run_probe
 from benchmarks.loss_check import loss_difference
 from benchmarks.tiny_architectures import tiny_config
 from tests.conftest import CPU
@@ -85,6 +88,18 @@ def test_the_names_that_are_answered_adapt_the_same_layers(family, tmp_path):
 
     names, all_linear = adapters(("all-linear",))
     assert adapters(tuple(names)) == (names, all_linear)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", ["none", "all"])
+def test_the_estimate_is_what_the_probe_counts(family, layers, tmp_path):
+    """To the byte."""
+    candidate, model, _ = settled(family, tmp_path, checkpointed_layers=layers)
+    request = {"model": model.model, "trust_remote_code": False, "device": "cpu", "gpu_mem": None, "seed": 0}
+    probed = run_probe({**request, "asked": candidate.to_json()}, PhaseReport())["peak_allocated_bytes"]
+    found = estimate(candidate, model, CPU)
+    assert found.peak_allocated_bytes == probed
+    assert found.bracket is None  # however rows are routed
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "prophetnet"])
