@@ -180,7 +180,7 @@ UNARY = {
     "cumsum": lambda a: a.cumsum(-1),
     "sort": lambda a: a.sort(dim=-1, stable=True).values,
     "argsort": lambda a: a.argsort(dim=-1, stable=True),
-    "largest": lambda a: a.amax(-1, keepdim=True),
+    "largest": lambda a: a.amax(-1, keepdim=True) if a.shape[-1] else a,
     "positive": lambda a: a[a > 0],
     "where": lambda a: torch.where(a > 1, a, a * 2),
     "nonzero": lambda a: a.nonzero(),
