@@ -6,6 +6,7 @@ The rules are those of torch 2.11 to 2.13 (ATen/native/transformers/cuda/sdp_uti
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch.nn import functional as F
@@ -48,15 +49,25 @@ def cuda_kernel(
         return "cudnn"
     square = not causal or query.shape[2] == key.shape[2]
     if halves and capability >= (8, 0) and mask is None and square and head == value_head == key.shape[-1] <= 256:
-        # The backward kernels of these cards stop at 192.
-        narrow = capability in ((8, 6), (8, 9)) or capability[0] == 12
-        if not narrow or not query.requires_grad or head <= 192 or (dropout == 0 and head > 224):
+        widest = 192 if _narrow(capability) and query.requires_grad else 256
+        if head <= widest or (dropout == 0 and head > 224):
             return "flash"
     aligned = 8 if query.dtype in HALVES and capability[0] >= 7 else 4 if capability[0] >= 8 else 1
     efficient = query.dtype in ((torch.float16, torch.float32) if capability[0] < 8 else (*HALVES, torch.float32))
     if efficient and not grouped and head % aligned == 0 and value_head % aligned == 0:
         return "efficient"
     return "math"
+
+
+def _narrow(capability: tuple[int, int]) -> bool:
+    """Whether flash attention's backward kernels stop at heads of 192, for want of shared memory."""
+    return capability in ((8, 6), (8, 9)) or capability[0] == 12
+
+
+def rules_of(capability: tuple[int, int]) -> Hashable:
+    """What of a compute capability decides: for two with equal rules `cuda_kernel` says the same."""
+    major = capability[0]
+    return min(major, 7), major >= 8, major in (9, 10), _narrow(capability)
 
 
 def _cudnn_fits(head: int, value_head: int, keys: int, dropout: float, query: torch.Tensor) -> bool:

@@ -1,13 +1,12 @@
-"""Few traces, many answers: candidates that differ in nothing but their rows share one trace.
-
-At a fixed length every allocation of a step grows linearly with the rows of the micro-batch, or not at all. So one
-trace with a prime number of rows tells the two apart: what is a multiple of the prime grows.
-"""
+"""Few traces, many answers: candidates that differ in nothing but their micro-batch's rows and length share a trace."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +15,45 @@ import numpy as np
 from autofit.errors import UsageError
 from autofit.memory.allocator import UNIT_BYTES
 from autofit.memory.calibration import ON_CPU, UNCALIBRATED, Calibration
-from autofit.memory.estimate import Estimate, estimate, replay, spliced, traced_rows
-from autofit.memory.roofline import device_seconds, host_seconds, last_step
+from autofit.memory.estimate import Estimate, estimate, replay, spliced, traced_as
+from autofit.memory.growth import (
+    Template,
+    alike_lengths,
+    basis,
+    constant,
+    template_for_length,
+    template_for_lengths,
+)
+from autofit.memory.roofline import Growing
 from autofit.memory.splice import Unspliceable
-from autofit.memory.trace import FREED, TILE, Trace
+from autofit.memory.trace import FREED, STATIC, Trace
 from autofit.space.candidate import Candidate
-from autofit.space.cards import Card, card_of
+from autofit.space.cards import card_of
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config
 
-_PRIMES = (23, 29, 31, 37, 41, 43)
-# TRL's tiles of logits have at most so many rows of tokens.
-_TILE_TOKENS = 4096
+# Rows × length of the micro-batch whose replay tells how much the allocator takes beyond tensors.
+_MIDDLING_TOKENS = 8192
+
+_Question = tuple[list[Candidate], ModelSource, DeviceFacts, Calibration | None]
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[Executor | None]:
+    """Processes that trace side by side, for `estimate_many`: one for each core; None where there is only one.
+
+    They are forked from this one, which must not run a backward pass itself: autograd does not survive a fork.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if cores == 1:
+        yield None
+        return
+    pool = ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def estimate_many(
@@ -36,23 +61,48 @@ def estimate_many(
     source: ModelSource,
     device: DeviceFacts,
     calibration: Calibration | None = None,
+    pool: Executor | None = None,
 ) -> list[Estimate | UsageError]:
     """The estimate of each candidate, in order; what rules a candidate out stands in its place.
 
     Derived estimates have the traced ones' allocated bytes; their reserved bytes follow from one replay for all that
-    share a trace, and they come without a breakdown's details.
+    share a trace, and they come without a breakdown's details. `pool` is that of `side_by_side`; without one they are
+    made in this process.
     """
-    groups: dict[Candidate, list[int]] = {}
-    for i, candidate in enumerate(candidates):
-        alike = candidate.replace(tokens_per_micro_batch=None).replace(micro_batch_size=1)
-        groups.setdefault(alike, []).append(i)
+    families = sorted(_families(candidates, source), key=lambda indices: -_layers_traced(candidates[indices[0]]))
+    questions = [([candidates[i] for i in indices], source, device, calibration) for indices in families]
     found: dict[int, Estimate | UsageError] = {}
-    for indices in groups.values():
-        members = [candidates[i] for i in indices]
-        derived = _derive(members, source, device, calibration) if len(members) > 1 else None
-        answers = derived or [_one(member, source, device, calibration) for member in members]
+    for indices, answers in zip(families, (pool.map if pool else map)(_answer, questions), strict=True):
         found.update(zip(indices, answers, strict=True))
     return [found[i] for i in range(len(candidates))]
+
+
+def _answer(question: _Question) -> list[Estimate | UsageError]:
+    """One family's estimates: from one trace where that does, else one by one."""
+    members, source, device, calibration = question
+    derived = _derive(members, source, device, calibration) if len(members) > 1 else None
+    return derived or [_one(member, source, device, calibration) for member in members]
+
+
+def _families(candidates: Sequence[Candidate], source: ModelSource) -> list[list[int]]:
+    """Indices of the candidates, together where one trace may do for all."""
+    groups: dict[Candidate, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        alike = candidate.replace(tokens_per_micro_batch=None).replace(micro_batch_size=1, max_seq_length=1)
+        groups.setdefault(alike, []).append(i)
+    if len(groups) == len(candidates):
+        return list(groups.values())
+    config = load_config(source).to_dict()
+    families = []
+    for indices in groups.values():
+        for lengths in alike_lengths(config, [candidates[i].max_seq_length for i in indices]):
+            families.append([i for i in indices if candidates[i].max_seq_length in lengths])
+    return families
+
+
+def _layers_traced(candidate: Candidate) -> int:
+    """By how much one takes longer to trace than another: what takes longest should not be begun last."""
+    return (candidate.checkpointed_layers > 0) + 10 * (candidate.offload_activations == "all")
 
 
 def _one(
@@ -68,111 +118,151 @@ def _derive(
     members: list[Candidate], source: ModelSource, device: DeviceFacts, calibration: Calibration | None
 ) -> list[Estimate | UsageError] | None:
     """Estimates from one trace of a prime number of rows; None where that does not do for these candidates."""
-    rows = _prime_for(source)
-    if rows is None or any(m.token_budget != m.micro_batch_size * m.max_seq_length for m in members):
+    if any(m.token_budget != m.micro_batch_size * m.max_seq_length for m in members):
         return None
-    try:
-        family = _Family.of(members[0].replace(micro_batch_size=rows), source, device, calibration)
-    except UsageError:
-        return None  # one by one they say why, and what cannot be traced with many rows may be with few
-    return None if family is None else [family.estimate(member.micro_batch_size) for member in members]
+    lengths = sorted({member.max_seq_length for member in members})
+    config = load_config(source).to_dict()
+    for template in filter(None, (template_for_lengths(config, lengths), template_for_length(config, lengths))):
+        try:
+            family = _Family.of(members[0], template, lengths, source, device, calibration)
+        except UsageError:
+            return None  # one by one they say why, and what cannot be traced with many rows may be with few
+        if family is not None:
+            return [family.estimate(m) or _one(m, source, device, calibration) for m in members]
+    if len(lengths) == 1:
+        return None
+    found: dict[Candidate, Estimate | UsageError] = {}
+    for length in lengths:
+        some = [m for m in members if m.max_seq_length == length]
+        found.update(zip(some, _answer((some, source, device, calibration)), strict=True))
+    return [found[m] for m in members]
 
 
-def _prime_for(source: ModelSource) -> int | None:
-    """A prime that divides no size of the model."""
-    sizes = _integers(load_config(source).to_dict())
-    return next((p for p in _PRIMES if all(size % p for size in sizes if size)), None)
+# By what was asked: the fewest rows from which on derived events are the traced ones; None: they never are.
+_checked: dict[Any, int | None] = {}
 
 
-def _integers(tree: Any) -> list[int]:
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, list):
-        return [number for item in tree for number in _integers(item)]
-    return [tree] if type(tree) is int and tree > 1 else []
+def _least_rows(
+    trace: Trace, template: Template, length: int, member: Candidate, source: ModelSource, device: DeviceFacts
+) -> int | None:
+    """From how many rows on the template's trace tells what another micro-batch takes; None where it does not.
+
+    Some layers loop over parts of a sequence, and a single row may be spared a copy: so one or two rows of the shortest
+    length are traced as they are, once in this process for candidates that differ in what changes neither.
+    """
+    key = _kind(template, length, member, source, device)
+    if key not in _checked:
+        growth = _growth_of_events(trace)
+        _checked[key] = None
+        for rows in (1, 2):
+            real = traced_as(member, Template(rows, length, None), source, device).trace
+            if real.keys == trace.keys and _sizes(growth, trace, rows, length) == real.sizes:
+                _checked[key] = rows
+                break
+    return _checked[key]
+
+
+def _kind(template: Template, length: int, member: Candidate, source: ModelSource, device: DeviceFacts) -> Any:
+    plain = member.replace(tokens_per_micro_batch=None)
+    plain = plain.replace(micro_batch_size=1, max_seq_length=length, checkpointed_layers=0, optimizer="adamw_torch")
+    return template, length, plain, source, device
+
+
+def _sizes(growth: np.ndarray, trace: Trace, rows: int, length: int) -> list[int]:
+    """The trace's sizes with so many rows of so many tokens."""
+    grown = np.rint(growth @ basis(rows, length)).astype(np.int64).tolist()
+    return [FREED if traced == FREED else size for traced, size in zip(trace.sizes, grown, strict=True)]
 
 
 @dataclass
 class _Family:
-    """Candidates that differ in their rows only.
+    """Candidates that differ in rows and length only.
 
     Attributes:
-        template: the traced candidate: `micro_batch_size` is the prime.
-        fixed, per_row: bytes of each allocation event; of a release, of what it releases, negative.
-        tiles: which events are TRL's tile of logits: bytes for a token, up to `_TILE_TOKENS` tokens.
-        seconds: see `_seconds`; None where the card is not known.
+        candidate: one of them.
+        growth: of each event, see `growth.basis`: of a release, what it releases, negative.
+        begin: the first event of the first step.
+        work: what a step computes and moves; None where the card is not known.
+        least_rows: with fewer, a micro-batch is no member.
         slack: reserved bytes as a share of allocated ones.
     """
 
-    template: Candidate
+    candidate: Candidate
     trace: Trace
     device: DeviceFacts
     calibration: Calibration
-    fixed: np.ndarray
-    per_row: np.ndarray
-    tiles: np.ndarray
+    growth: np.ndarray
     begin: int
     paged_bytes: int
-    seconds: tuple[float, float, float] | None
+    work: Growing | None
+    least_rows: int
     slack: float = 1.0
 
     @classmethod
     def of(
-        cls, template: Candidate, source: ModelSource, device: DeviceFacts, calibration: Calibration | None
+        cls,
+        member: Candidate,
+        template: Template,
+        lengths: Sequence[int],
+        source: ModelSource,
+        device: DeviceFacts,
+        calibration: Calibration | None,
     ) -> _Family | None:
-        """The family of a template; None where values decide how much it needs, or a trace cannot be spliced."""
+        """The family of a candidate.
+
+        None where values decide how much it needs, a trace cannot be spliced, or the template's tells nothing of these
+        lengths.
+        """
+        if _checked.get(_kind(template, lengths[0], member, source, device), 1) is None:
+            return None
         with contextlib.suppress(Unspliceable):
-            traced = traced_rows(template, source, device)
-            trace = spliced(traced)
-            if trace.guesses or traced.undecided:
+            traced = traced_as(member, template, source, device)
+            if traced.trace.guesses or traced.undecided or _misleads(template, traced.trace):
                 return None
-            fixed, per_row, tiles = _linear(trace, template)
+            least_rows = _least_rows(traced.trace, template, lengths[0], member, source, device)
+            if least_rows is None:
+                return None
+            trace = spliced(traced)
             card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
             family = cls(
-                template=template,
+                candidate=member,
                 trace=trace,
                 device=device,
                 calibration=ON_CPU if device.type == "cpu" else calibration or UNCALIBRATED,
-                fixed=fixed,
-                per_row=per_row,
-                tiles=tiles,
+                growth=_growth_of_events(trace),
                 begin=next(event for event, _, section in trace.sections if section.step),
                 paged_bytes=traced.paged_bytes,
-                seconds=_seconds(trace, template, card),
+                least_rows=least_rows,
+                work=None if card is None else Growing.of(trace, template, card),
             )
-            family.slack = family.replayed_slack()
+            family.slack = family.replayed_slack(lengths[len(lengths) // 2])
             return family
         return None
 
-    def sizes(self, rows: int) -> np.ndarray:
-        """Bytes of every event for so many rows; negative where they are released."""
-        sizes = self.fixed + self.per_row * rows
-        tokens = min(rows * self.template.max_seq_length, _TILE_TOKENS)
-        return np.where(self.tiles != 0, self.tiles * tokens, sizes)
-
-    def peak(self, rows: int) -> tuple[int, int]:
+    def peak(self, rows: int, length: int) -> tuple[int, int]:
         """(allocated bytes at the peak, index of the event)."""
-        sizes = self.sizes(rows)
+        sizes = np.rint(self.growth @ basis(rows, length))
         if self.device.type == "cuda":
             sizes = np.sign(sizes) * (np.ceil(np.abs(sizes) / UNIT_BYTES) * UNIT_BYTES)
         live = np.cumsum(sizes)
         at = self.begin + int(np.argmax(live[self.begin :]))
         return int(live[at]), at
 
-    def replayed_slack(self) -> float:
-        """Reserved by allocated bytes, for a middling number of rows."""
+    def replayed_slack(self, length: int) -> float:
+        """Reserved by allocated bytes, for a middling micro-batch of this length."""
         if self.device.type == "cpu":
             return 1.0
-        rows = max(1, 8192 // self.template.max_seq_length)
-        pairs = zip(self.trace.sizes, self.sizes(rows).tolist(), strict=True)
-        sizes = [FREED if traced == FREED else round(size) for traced, size in pairs]
-        trace = replace(self.trace, sizes=sizes)
-        allocated, reserved = replay(trace, expandable_segments=self.template.step == "autofit")
+        rows = max(1, _MIDDLING_TOKENS // length)
+        trace = replace(self.trace, sizes=_sizes(self.growth, self.trace, rows, length))
+        allocated, reserved = replay(trace, expandable_segments=self.candidate.step == "autofit")
         return reserved / allocated
 
-    def estimate(self, rows: int) -> Estimate:
-        """The estimate for so many rows."""
-        peak, at = self.peak(rows)
+    def estimate(self, member: Candidate) -> Estimate | None:
+        """A member's estimate; None where it is none."""
+        rows, length = member.micro_batch_size, member.max_seq_length
+        if rows < self.least_rows:
+            return None
+        peak, at = self.peak(rows, length)
         allocated = peak + self.calibration.allocated_bytes
         reserved = round(peak * self.slack) + self.calibration.allocated_bytes
         section = max((s for s in self.trace.sections if s[0] <= at), key=lambda s: s[0])[2]
@@ -180,7 +270,7 @@ class _Family:
             peak_allocated_bytes=allocated,
             peak_reserved_bytes=reserved,
             device_bytes=reserved + self.calibration.context_bytes,
-            tokens_per_second=self._speed(rows),
+            tokens_per_second=self._speed(rows, length),
             breakdown_bytes=self._breakdown(reserved),
             peak_phase=str(section),
             paged_bytes=self.paged_bytes,
@@ -194,41 +284,23 @@ class _Family:
         context = self.calibration.context_bytes
         return {"weights": weights, "everything else": reserved - weights, "context": context}
 
-    def _speed(self, rows: int) -> float | None:
-        if self.seconds is None:
+    def _speed(self, rows: int, length: int) -> float | None:
+        if self.work is None:
             return None
-        constant, per_row, host = self.seconds
-        tokens = (2 if self.template.accumulates else 1) * rows * self.template.max_seq_length
-        return tokens / max(constant + per_row * rows, host) * self.calibration.speed
+        tokens = (2 if self.candidate.accumulates else 1) * rows * length
+        return tokens / self.work.step_seconds(rows, length) * self.calibration.speed
 
 
-def _seconds(trace: Trace, template: Candidate, card: Card | None) -> tuple[float, float, float] | None:
-    """(seconds whatever the rows are: dequantizing; seconds for each row; seconds of the host) of a step."""
-    if card is None:
-        return None
-    operations = last_step(trace)
-    per_row = device_seconds(operations.that_grow(True), card) / template.micro_batch_size
-    return device_seconds(operations.that_grow(False), card), per_row, host_seconds(operations)
+def _misleads(template: Template, trace: Trace) -> bool:
+    """Whether one of the template's primes divides what is as large whatever the micro-batch is."""
+    primes = [template.rows] if template.prime is None else [template.rows, template.prime]
+    static = {size for key, size in zip(trace.keys, trace.sizes, strict=True) if trace.labels.get(key) in STATIC}
+    return any(size > 0 and size % prime == 0 for size in static for prime in primes)
 
 
-def _linear(trace: Trace, template: Candidate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(bytes whatever the rows are, bytes for each row, bytes of a tile for each of its tokens), event by event."""
-    prime = template.micro_batch_size
-    parts: dict[int, tuple[float, float, float]] = {}
-    events = np.zeros((len(trace.keys), 3))
-    for event, (key, size) in enumerate(zip(trace.keys, trace.sizes, strict=True)):
-        if size == FREED:
-            events[event] = -np.asarray(parts.pop(key))
-            continue
-        if trace.labels.get(key) == TILE:
-            part = (0.0, 0.0, size / (prime * template.max_seq_length))
-        elif key in trace.per_row:
-            fixed, per_row = trace.per_row[key]
-            part = (fixed, per_row, 0.0)
-        elif size % prime == 0:
-            part = (0.0, size / prime, 0.0)
-        else:
-            part = (float(size), 0.0, 0.0)
-        parts[key] = part
-        events[event] = part
-    return events[:, 0], events[:, 1], events[:, 2]
+def _growth_of_events(trace: Trace) -> np.ndarray:
+    """[events, columns of growth]."""
+    rows = [trace.growth.get(key) or constant(size) for key, size in zip(trace.keys, trace.sizes, strict=True)]
+    events = np.array(rows)
+    events[np.array(trace.sizes) == FREED] *= -1
+    return events

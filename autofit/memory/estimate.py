@@ -12,6 +12,7 @@ from autofit.errors import UsageError
 from autofit.memory.allocator import CachingAllocator
 from autofit.memory.breakdown import PARTS, find_peak
 from autofit.memory.calibration import ON_CPU, UNCALIBRATED, Calibration
+from autofit.memory.growth import Template
 from autofit.memory.repeat import repeat_step
 from autofit.memory.roofline import step_seconds
 from autofit.memory.splice import Unspliceable, splice
@@ -68,14 +69,16 @@ def estimate(
         return _estimate(candidate, source, device, calibration)
 
 
-def traced_rows(template: Candidate, source: ModelSource, device: DeviceFacts) -> Traced:
-    """The trace of a candidate whose rows, a prime, stand for any number.
+def traced_as(candidate: Candidate, template: Template, source: ModelSource, device: DeviceFacts) -> Traced:
+    """The trace of a candidate with the template's micro-batch, which stands for any other.
 
     Raises:
         UsageError: as `estimate` does.
     """
+    grown = candidate.replace(tokens_per_micro_batch=None)
+    grown = grown.replace(micro_batch_size=template.rows, max_seq_length=template.length)
     with _named(source):
-        return trace_candidate(template, source, device, rows=template.micro_batch_size)
+        return trace_candidate(grown, source, device, template=template)
 
 
 @contextlib.contextmanager

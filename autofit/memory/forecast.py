@@ -7,7 +7,7 @@ from typing import Any
 
 from autofit.errors import UsageError
 from autofit.memory.calibration import Calibration
-from autofit.memory.derive import estimate_many
+from autofit.memory.derive import estimate_many, side_by_side
 from autofit.memory.estimate import Estimate
 from autofit.memory.link import with_link
 from autofit.space.candidate import Candidate
@@ -28,9 +28,9 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
     given = request["calibration"]
     device = DeviceFacts.from_json(request["device"])
     candidates = [Candidate.from_json(candidate) for candidate in request["candidates"]]
-    answers = estimate_many(
-        candidates, ModelSource(**request["source"]), device, Calibration(**given) if given is not None else None
-    )
+    calibration = Calibration(**given) if given is not None else None
+    with side_by_side() as pool:
+        answers = estimate_many(candidates, ModelSource(**request["source"]), device, calibration, pool)
     found = {c: a for c, a in zip(candidates, answers, strict=True) if not isinstance(a, UsageError)}
     card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
     if card is not None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autofit.errors import UsageError
 from autofit.memory.calibration import Calibration
-from autofit.memory.derive import estimate_many
+from autofit.memory.derive import estimate_many, side_by_side
 from autofit.memory.estimate import Estimate
+from autofit.memory.growth import LENGTH_UNIT
 from autofit.memory.link import with_link
+from autofit.memory.tracing import kernels_of
 from autofit.space.budget import make_budget
 from autofit.space.candidate import Candidate
 from autofit.space.cards import CHEAPEST_FIRST, Card, card_of
 from autofit.space.facts import DeviceFacts
 from autofit.space.plan_request import PlanRequest
-from autofit.space.plan_space import frontier_space, least_memory, plan_rungs
+from autofit.space.plan_space import frontier_space, lean_ones, least_memory, plan_rungs
 from autofit.space.target import facts_of
 from autofit.step.policy import default_dtype
 
-# A rung is the last one where this share of the budget is enough for one of its candidates: what is measured then may
-# be some more than estimated without the search having to leave the plan.
-_EASY = 0.95
 _KEPT = (
     "peak_allocated_bytes",
     "peak_reserved_bytes",
@@ -46,15 +46,17 @@ def run_plan(request: dict[str, Any], report: Callable[..., None]) -> dict[str, 
     Raises:
         UsageError: no candidate can be estimated; says why.
     """
-    job = _PlanJob(PlanRequest.from_json(request))
-    report("estimating")
-    job.estimate_rungs()
-    if not job.found:
-        raise UsageError(f"model {job.request.source.model}: no step of it can be estimated: {job.failed[0]['error']}")
-    outlook: dict[str, Any] = {"frontier": [], "cheapest": None}
-    if job.request.longest is not None:
-        report("outlook")
-        outlook = {"frontier": [_figures(*f) for f in job.frontier()], "cheapest": job.cheapest()}
+    with side_by_side() as pool:
+        job = _PlanJob(PlanRequest.from_json(request), pool)
+        report("estimating")
+        job.estimate_rungs()
+        if not job.found:
+            why = job.failed[0]["error"]
+            raise UsageError(f"model {job.request.source.model}: no step of it can be estimated: {why}")
+        outlook: dict[str, Any] = {"frontier": [], "cheapest": None}
+        if job.request.longest is not None:
+            report("outlook")
+            outlook = {"frontier": [_figures(*f) for f in job.frontier()], "cheapest": job.cheapest()}
     return {"estimates": [_figures(*f) for f in job.found], "failed": job.failed, **outlook}
 
 
@@ -77,70 +79,123 @@ def _static_bytes(estimate: Estimate) -> int:
 @dataclass
 class _PlanJob:
     request: PlanRequest
+    pool: Executor | None
 
     def __post_init__(self) -> None:
         given = self.request.calibration
         self.calibration = None if given is None else Calibration(**given)
+        self.rungs = plan_rungs(self.request.wish, self.request.limits, self.request.order)
+        self.answers: dict[Candidate, Estimate | UsageError] = {}
         self.found: Found = []
         self.failed: list[dict[str, Any]] = []
         self.reached: Candidate | None = None
+        self.elsewhere: dict[Hashable, list[tuple[Candidate, int]]] = {}
 
     def estimate_rungs(self) -> None:
-        """Rung after rung; stops where one has something that fits easily."""
-        asked = self.request
+        """Rung after rung; stops where one has something that fits.
+
+        Of a rung the candidates that checkpoint most come first: where none of these fits, the others are left out.
+        """
         too_heavy: set[int] = set()
-        for rung in plan_rungs(asked.wish, asked.limits, asked.order):
+        for number, rung in enumerate(self.rungs):
             bits = rung[0].quantization_bits
             if bits in too_heavy:
                 continue
-            found = self._estimated(rung, asked.device, self.calibration)
-            self.found += found
-            if any(_static_bytes(e) > asked.usable_bytes for _, e in found):
-                too_heavy.add(bits)
-            if self.reached is None and any(needed_bytes(e) <= asked.usable_bytes for _, e in found):
-                self.reached = rung[0]
-            if any(needed_bytes(e) <= _EASY * asked.usable_bytes for _, e in found):
-                return
+            found = self._ask(lean_ones(rung))
+            if not self._fit(found):
+                self.found += found
+                statics = [_static_bytes(e) for _, e in found]
+                if any(s > self.request.usable_bytes for s in statics) or not self._may_fit_below(number):
+                    too_heavy.add(bits)
+                continue
+            self.reached = rung[0]
+            self._ask([*rung, *self._frontier_space()])  # together: they share traces
+            self.found += self._ask(rung)
+            return
+
+    def _fit(self, found: Found) -> bool:
+        return any(needed_bytes(estimate) <= self.request.usable_bytes for _, estimate in found)
+
+    def _may_fit_below(self, number: int) -> bool:
+        """Whether a later rung with the same bits may fit: the shortest with the lowest rank says no for all.
+
+        The leanest of the rungs that are only shorter are estimated on the way: they share their traces.
+        """
+        rung = self.rungs[number]
+        bits, rank = rung[0].quantization_bits, rung[0].lora_rank
+        later = [r for r in self.rungs[number + 1 :] if r[0].quantization_bits == bits]
+        if not later:
+            return False
+        shorter = [c for r in later if r[0].lora_rank == rank for c in lean_ones(r) if c not in self.answers]
+        if self._fit(self._ask([c for c in shorter if c.max_seq_length % LENGTH_UNIT == 0])):
+            return True
+        last = self._ask(lean_ones(later[-1]))
+        self.found += [found for found in last if found not in self.found]
+        return self._fit(last)
+
+    def _ask(self, candidates: Iterable[Candidate]) -> Found:
+        """The estimates of those that can be estimated; each is asked once."""
+        candidates = list(candidates)
+        new = [c for c in candidates if c not in self.answers]
+        answers = estimate_many(new, self.request.source, self.request.device, self.calibration, self.pool)
+        for candidate, answer in zip(new, answers, strict=True):
+            self.answers[candidate] = answer
+            if isinstance(answer, UsageError):
+                self.failed.append({"candidate": candidate.to_json(), "error": str(answer)})
+        known = [(c, self.answers[c]) for c in candidates]
+        return _linked([(c, e) for c, e in known if isinstance(e, Estimate)], self.request.device)
 
     def frontier(self) -> Found:
         """Rows × length around the wish, with bits and rank of the first rung that fits (the last, where none does)."""
+        return self._ask(self._frontier_space())
+
+    def _frontier_space(self) -> list[Candidate]:
         asked, reached = self.request, self.reached or self.found[-1][0]
+        if asked.longest is None:
+            return []
         kept = asked.wish.replace(quantization_bits=reached.quantization_bits, lora_rank=reached.lora_rank)
-        space = frontier_space(kept, asked.limits, asked.order, asked.longest or asked.wish.max_seq_length)
-        return self._estimated(space, asked.device, self.calibration)
+        return frontier_space(kept, asked.limits, asked.order, asked.longest)
 
     def cheapest(self) -> dict[str, Any] | None:
-        """The first card, from the cheapest, that runs the wish with nothing given up that changes the result.
-
-        Cards of one compute capability differ in memory and speed alone: the bytes are estimated once for each.
-        """
-        needed: dict[tuple[int, int], int | None] = {}
+        """The first card, from the cheapest, that runs the wish with nothing given up that changes the result."""
+        weights = min((e.breakdown_bytes["weights"] for c, e in self.found if self._as_wished(c)), default=0)
         for card in CHEAPEST_FIRST:
-            kind, usable = card.compute_capability, make_budget(card.name, facts_of(card)).usable_bytes
-            if kind not in needed:
-                needed[kind] = min((needed_bytes(e) for _, e in self._on(card)), default=None)
-            least = needed[kind]
-            if least is not None and least <= usable:
-                fitting = [found for found in self._on(card) if needed_bytes(found[1]) <= usable]
-                best = max(fitting, key=lambda found: found[1].tokens_per_second or 0.0)
-                return {"card": card.name, "estimate": _figures(*best)}
+            usable = make_budget(card.name, facts_of(card)).usable_bytes
+            if weights > usable:
+                continue
+            for candidate, needed in self._on(card):
+                if needed <= usable:
+                    plain = candidate.replace(offload_activations="none")
+                    found = dict(self._estimated(dict.fromkeys((plain, candidate)), facts_of(card)))
+                    return {"card": card.name, "estimate": _figures(candidate, found[candidate])}
         return None
 
-    def _on(self, card: Card) -> Found:
+    def _as_wished(self, candidate: Candidate) -> bool:
+        return candidate.quantization_bits == self.request.wish.quantization_bits
+
+    def _on(self, card: Card) -> list[tuple[Candidate, int]]:
+        """What needs least on a card and how many bytes; cards that run the same kernels are estimated once."""
         asked, device = self.request, facts_of(card)
         wish = asked.wish.replace(dtype=default_dtype(device)) if asked.own_dtype else asked.wish
-        space = least_memory(wish, replace(asked.limits, can_page=True), asked.order)
-        return self._estimated(space, device, None)
+        key = wish.dtype, kernels_of(device)
+        if key not in self.elsewhere:
+            space = least_memory(wish, replace(asked.limits, can_page=True), asked.order)
+            here = self.calibration is None and kernels_of(asked.device) == kernels_of(device)
+            answers = self.answers if here else {}
+            known = {c: needed_bytes(e) for c, e in answers.items() if isinstance(e, Estimate)}
+            found = self._estimated([c for c in space if c not in known], device)
+            known.update((c, needed_bytes(e)) for c, e in found)
+            self.elsewhere[key] = [(c, known[c]) for c in space if c in known]
+        return self.elsewhere[key]
 
-    def _estimated(
-        self, candidates: Sequence[Candidate], device: DeviceFacts, calibration: Calibration | None
-    ) -> Found:
-        answers = estimate_many(candidates, self.request.source, device, calibration)
-        found: Found = []
-        for candidate, answer in zip(candidates, answers, strict=True):
-            if isinstance(answer, UsageError):
-                self.failed.append({"candidate": candidate.to_json(), "error": str(answer)})
-            else:
-                found.append((candidate, answer))
-        card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
-        return found if card is None else with_link(found, card)
+    def _estimated(self, candidates: Iterable[Candidate], device: DeviceFacts) -> Found:
+        """Estimates for another device, as it comes."""
+        candidates = list(candidates)
+        answers = estimate_many(candidates, self.request.source, device, None, self.pool)
+        pairs = zip(candidates, answers, strict=True)
+        return _linked([(c, e) for c, e in pairs if isinstance(e, Estimate)], device)
+
+
+def _linked(found: Found, device: DeviceFacts) -> Found:
+    card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
+    return found if card is None else with_link(found, card)

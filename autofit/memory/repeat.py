@@ -27,12 +27,14 @@ def repeat_step(trace: Trace) -> Trace:
         raise Unspliceable("a layer keeps something from step to step: both have to be traced")
     offset = max(trace.keys)
     keys, sizes = [*trace.keys], [*trace.sizes]
-    labels, per_row = {**trace.labels}, {**trace.per_row}
+    labels, growth = {**trace.labels}, {**trace.growth}
     place: dict[int, int] = {}
     for key, size in _batch(trace, begin):
         keys.append(key + offset)
         sizes.append(size)
         born.add(key)
+        if key in trace.growth:
+            growth[key + offset] = trace.growth[key]
     for event in range(begin, len(trace.keys)):
         if event == stepped:
             keys.extend(sorted(left - for_good))
@@ -46,8 +48,8 @@ def repeat_step(trace: Trace) -> Trace:
         sizes.append(size)
         if size != FREED and key in trace.labels:
             labels[again] = trace.labels[key]
-        if size != FREED and key in trace.per_row:
-            per_row[again] = trace.per_row[key]
+        if size != FREED and key in trace.growth:
+            growth[again] = trace.growth[key]
     steps = max(section.step for _, _, section in trace.sections)
     later = [
         (place.get(event, len(keys)), operation - first + len(trace.flops), replace(section, step=section.step + steps))
@@ -63,7 +65,7 @@ def repeat_step(trace: Trace) -> Trace:
         grows=[*trace.grows, *trace.grows[first:]],
         labels=labels,
         guesses=trace.guesses,
-        per_row=per_row,
+        growth=growth,
     )
 
 

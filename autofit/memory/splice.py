@@ -153,8 +153,8 @@ def _emit(
             whole.keys[stretch.slot, layer, ordinal] = whole.serial
             if key in trace.labels:
                 out.labels[whole.serial] = trace.labels[key]
-            if key in trace.per_row:
-                out.per_row[whole.serial] = trace.per_row[key]
+            if key in trace.growth:
+                out.growth[whole.serial] = trace.growth[key]
             ordinal += 1
             out.keys.append(whole.serial)
             out.sizes.append(size)

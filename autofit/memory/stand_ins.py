@@ -5,6 +5,7 @@
 | TRL's Triton folds of a tile of logits | nothing: they write in place | – | – |
 | torch's fused AdamW | nothing: it writes in place | – | – |
 | TRL's product into a float32 sum | nothing: cuBLAS adds in place | – | – |
+| bitsandbytes' 4-bit numbers | a copy of those made once | – | – |
 | bitsandbytes' managed memory | a tensor that no ledger counts | paged states, listed apart | – |
 | bitsandbytes' int8 quantization | results of its shapes, `outlier_columns` of outliers | – | scratch.py |
 | bitsandbytes' int8 product | results of its shapes | the outlier columns | scratch.py |
@@ -13,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -78,11 +80,24 @@ def _bitsandbytes(sizes: list[int]) -> list[tuple[Any, str, Any]]:
 
     # bitsandbytes makes this map on the first device that asks and keeps it for all: not on ours.
     functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    genuine = functional.get_4bit_type
+
+    def get_4bit_type(typename: str, device: Any = None, blocksize: int = 64) -> torch.Tensor:
+        return _numbers_of_4_bits(genuine, typename, blocksize).to(device)
+
     return [
+        (functional, "get_4bit_type", get_4bit_type),
         (functional, "get_paged", paged),
         (functional, "fill", _nothing),
         (functional, "prefetch_tensor", _nothing),
     ]
+
+
+@functools.cache
+def _numbers_of_4_bits(genuine: Callable[..., torch.Tensor], typename: str, blocksize: int) -> torch.Tensor:
+    """The numbers that 4 bits stand for, on the CPU: bitsandbytes computes the same ones anew for every weight."""
+    with _disable_current_modes():
+        return genuine(typename, device="cpu", blocksize=blocksize)
 
 
 def _trl(one_tile: bool) -> list[tuple[Any, str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autofit.memory.growth import Growth, Template, constant
 from autofit.memory.ledger import Ledger
 from autofit.memory.scratch import SCRATCH, Scratch, bitsandbytes_scratch
 from autofit.memory.stand_ins import operation_stand_ins
@@ -30,6 +31,8 @@ GEMMS = frozenset(
 WORKSPACES = "workspaces"
 # TRL's buffer for a tile of logits: the only uninitialized matrix between the last layer and the first gradient.
 TILE = "logits and loss"
+# Labels of what is as large whatever the micro-batch is.
+STATIC = frozenset(("weights", "adapters", "buffers", "gradients", "optimizer", WORKSPACES))
 
 
 @dataclass(frozen=True, order=True)
@@ -52,13 +55,13 @@ class Trace:
     Attributes:
         keys, sizes: event by event: which allocation, and its bytes (`FREED` where it ends).
         sections: where each stretch begins: (index of its first event, index of its first operation, section).
-        flops, moved, grows: of each operation: multiply-adds × 2, bytes read and written, and whether it grows with the
-            rows of the micro-batch (known only where the tracer has `rows`).
+        flops, moved, grows: of each operation: multiply-adds × 2, bytes read and written, and with which power of the
+            length its tensors grow, 0 if not with the rows either (known only where there is a `Template`).
         labels: what an allocation is, where more is known than when it lives ("weights", "gradients", …).
         guesses: how often a value that nobody has was made up, by what for.
         gathered: layers from which the head and the loss take something. More than one (router logits): what they make
             of it grows with the number of layers.
-        per_row: of scratch: allocation → (bytes whatever the rows are, bytes for each row of the micro-batch).
+        growth: allocation → how it grows with rows and length, where the micro-batch is a `Template`.
     """
 
     keys: list[int] = field(default_factory=list)
@@ -66,19 +69,19 @@ class Trace:
     sections: list[tuple[int, int, Section]] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     moved: list[float] = field(default_factory=list)
-    grows: list[bool] = field(default_factory=list)
+    grows: list[int] = field(default_factory=list)
     labels: dict[int, str] = field(default_factory=dict)
     guesses: dict[str, int] = field(default_factory=dict)
     gathered: set[int] = field(default_factory=set)
-    per_row: dict[int, tuple[float, float]] = field(default_factory=dict)
+    growth: dict[int, Growth] = field(default_factory=dict)
 
 
 class Tracer(Ledger):
     """A ledger of meta tensors that also writes down each event, and the scratch that kernels take on a GPU.
 
     `workspace_bytes` is what cuBLAS keeps from its first product on, once for each thread that multiplies; with
-    `host_too` tensors on the CPU count as well (where the target is the CPU itself). With `rows`, a prime that stands
-    for the rows of a micro-batch, scratch is written down as it depends on them.
+    `host_too` tensors on the CPU count as well (where the target is the CPU itself). With a `template`, of whose
+    size the micro-batch is, how allocations grow is written down.
 
     Attributes:
         section: where in the step we are.
@@ -94,7 +97,7 @@ class Tracer(Ledger):
         workspace_bytes: int = 0,
         scratch: bool = True,
         host_too: bool = False,
-        rows: int | None = None,
+        template: Template | None = None,
     ) -> None:
         super().__init__(device_type="meta")
         self.values = values
@@ -103,7 +106,7 @@ class Tracer(Ledger):
         self.undecided = False
         self._scratch = {**SCRATCH, **bitsandbytes_scratch()} if scratch else {}
         self._workspace_bytes = workspace_bytes
-        self._rows = rows
+        self._template = template
         self._counted = ("meta", "cpu") if host_too else ("meta",)
         self._serial = 0
         self._of_storage: dict[int, int] = {}
@@ -157,6 +160,8 @@ class Tracer(Ledger):
     def finish(self) -> Trace:
         """The trace until now; nothing that follows is written down in it."""
         trace, self.trace = self.trace, Trace()
+        if self._template is not None:
+            _note_growth(trace, self._template)
         return trace
 
     def enter(self, section: Section) -> None:
@@ -205,15 +210,21 @@ class Tracer(Ledger):
         self.trace.grows.append(self._grows((args, (out,))))
         return out
 
-    def _grows(self, tensors: Any) -> bool:
-        return self._rows is not None and any(t.numel() % self._rows == 0 for t in _among(tensors) if t.numel())
+    def _grows(self, tensors: Any) -> int:
+        if self._template is None:
+            return 0
+        counts = [t.numel() for t in _among(tensors) if t.numel()]
+        if not any(count % self._template.rows == 0 for count in counts):
+            return 0
+        return max(1, *(self._template.length_power(count) for count in counts))
 
     def _take_scratch(self, scratch: Scratch, args: Any, kwargs: Any) -> list[tuple[int, int]]:
         taken = [(self._take(size), size) for size in scratch(args, kwargs)]
-        if self._rows is not None and taken:
-            one, two = (scratch(_with_rows(args, self._rows, n), kwargs) for n in (1, 2))
+        template = self._template
+        if template is not None and taken:
+            one, two = (scratch(_with_rows(args, template.rows, n), kwargs) for n in (1, 2))
             for (key, _), first, second in zip(taken, one, two, strict=True):
-                self.trace.per_row[key] = (2 * first - second, second - first)
+                self.trace.growth[key] = template.scratch(first, second)
         return taken
 
     def _is_constant(self, func: Any, args: Any) -> bool:
@@ -300,6 +311,17 @@ class Tracer(Ledger):
         serial = self._of_storage.pop(key, None)
         if serial is not None:
             self._give(serial, size)
+
+
+def _note_growth(trace: Trace, template: Template) -> None:
+    """Says of every allocation how it grows; what is there whatever the batch is does not."""
+    for key, size in zip(trace.keys, trace.sizes, strict=True):
+        if size == FREED or key in trace.growth:
+            continue
+        label = trace.labels.get(key)
+        trace.growth[key] = (
+            template.tile(size) if label == TILE else constant(size) if label in STATIC else template.growth(size)
+        )
 
 
 def _identity(tensor: torch.Tensor) -> int:

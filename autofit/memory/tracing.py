@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from autofit.memory.attention import rules_of
 from autofit.memory.dispatch import Dispatch
+from autofit.memory.growth import Template
 from autofit.memory.shrink import keep_layers, kept_layers, layer_kinds, stands_for
 from autofit.memory.trace import AFTER, BACKWARD, BEFORE, BETWEEN, FORWARD, OPTIMIZER, Section, Trace, Tracer
 from autofit.memory.values import Values
@@ -54,12 +57,12 @@ def trace_candidate(
     *,
     whole: bool = False,
     fill: bool = False,
-    rows: int | None = None,
+    template: Template | None = None,
 ) -> Traced:
     """Traces a candidate on a device that need not be there.
 
-    A few layers stand for all, unless `whole`. `fill` is what unknown masks are taken for (see `Values`); `rows` is the
-    candidate's micro-batch size where that is a prime which stands for any number of rows (see `Tracer`).
+    A few layers stand for all, unless `whole`. `fill` is what unknown masks are taken for (see `Values`); with a
+    `template` the candidate's micro-batch has its size, and stands for any other (see `Tracer`).
 
     Raises:
         UsageError: no such model, or a candidate that cannot be built.
@@ -86,9 +89,9 @@ def trace_candidate(
         workspace_bytes=0 if on_cpu else workspace_bytes(device),
         scratch=not on_cpu,
         host_too=on_cpu,
-        rows=rows,
+        template=template,
     )
-    with Dispatch(device, one_tile=rows is not None) as dispatch, tracer:
+    with Dispatch(device, one_tile=template is not None) as dispatch, tracer, _no_collection():
         step = build_step(built, source, policy, 2 * candidate.lora_rank, 0, skeleton)
         for layer, flag in zip(checkpointable_layers(step.model), flags, strict=True):
             layer.gradient_checkpointing = flag
@@ -110,6 +113,11 @@ def workspace_bytes(device: DeviceFacts) -> int:
     """What cuBLAS takes at a thread's first product: 32 MiB from Hopper on, else 8.125 MiB (CublasHandlePool.cpp)."""
     major = (device.compute_capability or (8, 0))[0]
     return 32 * 2**20 if major in (9, 10, 12) else 8519680
+
+
+def kernels_of(device: DeviceFacts) -> Hashable:
+    """What decides a trace on a GPU: two with equal kernels take the same bytes."""
+    return workspace_bytes(device), rules_of(device.compute_capability or (8, 0))
 
 
 class _Run:
@@ -211,6 +219,18 @@ class _Run:
 
 def _states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
     return (value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, torch.Tensor))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the cyclic garbage collector away: when it comes, and so what it would free, is chance."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _no_modes() -> Any:

@@ -49,6 +49,12 @@ def plan_space(wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[
     return [c for rung in plan_rungs(wish, limits, order) for c in rung]
 
 
+def lean_ones(rung: list[Candidate]) -> list[Candidate]:
+    """Those of a rung that recompute most: where none of these fits, hardly another does."""
+    most = max(candidate.checkpointed_layers for candidate in rung)
+    return [candidate for candidate in rung if candidate.checkpointed_layers == most]
+
+
 def least_memory(wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[Candidate]:
     """The lossless combinations that need least and come before anything lossy is given up.
 
