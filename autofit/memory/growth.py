@@ -62,7 +62,7 @@ class Template:
         return tuple(a + b for a, b in zip(fixed, each, strict=True))
 
     def tile(self, size: int) -> Growth:
-        """That of TRL's tile of logits, traced as if it could be any size; all tokens have logits, or all but the last."""
+        """That of TRL's tile of logits, traced in one piece; all tokens have logits, or all but a row's last."""
         growth = [0.0] * _COLUMNS
         for column, length in ((_TILE, self.length), (_SHIFTED_TILE, self.length - 1)):
             if size % (self.rows * length) == 0:
