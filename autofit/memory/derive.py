@@ -122,7 +122,9 @@ def _derive(
         return None
     lengths = sorted({member.max_seq_length for member in members})
     config = load_config(source).to_dict()
-    for template in filter(None, (template_for_lengths(config, lengths), template_for_length(config, lengths))):
+    # What offloading all leaves where it is depends on its size.
+    any_length = None if members[0].offload_activations == "all" else template_for_lengths(config, lengths)
+    for template in filter(None, (any_length, template_for_length(config, lengths))):
         try:
             family = _Family.of(members[0], template, lengths, source, device, calibration)
         except UsageError:

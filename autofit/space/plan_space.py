@@ -50,9 +50,13 @@ def plan_space(wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[
 
 
 def lean_ones(rung: list[Candidate]) -> list[Candidate]:
-    """Those of a rung that recompute most: where none of these fits, hardly another does."""
+    """Those of a rung that recompute most: where none of these fits, hardly another does.
+
+    Offloading all is left out if it can be: where every layer recomputes, offloading what they keep is nearly as much.
+    """
     most = max(candidate.checkpointed_layers for candidate in rung)
-    return [candidate for candidate in rung if candidate.checkpointed_layers == most]
+    lean = [candidate for candidate in rung if candidate.checkpointed_layers == most]
+    return [candidate for candidate in lean if candidate.offload_activations != "all"] or lean
 
 
 def least_memory(wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[Candidate]:
@@ -102,7 +106,7 @@ def _frontier_rows(chosen: Candidate, limits: Limits) -> list[int]:
 
 def _lossless(start: Candidate, wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[Candidate]:
     rows = _rows(wish, limits, order)
-    layers = _values("checkpointed_layers", wish, limits, order)
+    layers = _layers(wish, limits, order)
     if start.max_seq_length < wish.max_seq_length:
         fewest = rows[-1]
         rows = [n for n in rows if n <= max(_MOST_ROWS_ONCE_CUT, fewest)]
@@ -121,6 +125,15 @@ def _rows(wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[int]:
     batch = limits.global_batch_size
     ends = (values[0], values[-1])
     return [n for n in values if n in ends or n & (n - 1) == 0 or batch % n == 0]
+
+
+def _layers(wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[int | str]:
+    """Eighths of the layers, where the ladder goes by quarters: estimates are cheap."""
+    quarters = _values("checkpointed_layers", wish, limits, order)
+    if len(quarters) == 1:
+        return quarters
+    eighths = {limits.checkpointable_layers * k // 8 for k in range(1, 9)}
+    return [wish.checkpointed_layers, *sorted(n for n in eighths if n > wish.checkpointed_layers)]
 
 
 def _offloaded(

@@ -76,7 +76,7 @@ def test_the_default_space_is_some_hundred_with_offloading_where_the_order_has_i
     as_asked, offloading, *_ = plan_rungs(WISH, LIMITS, DEFAULT_ORDER)
     assert {c.offload_activations for c in as_asked} == {"none"}
     assert {c.offload_activations for c in offloading} == {"checkpoints", "all"}
-    assert {c.checkpointed_layers for c in as_asked} == {0, 8, 16, 24, 32}
+    assert {c.checkpointed_layers for c in as_asked} == set(range(0, 33, 4))
     assert {c.micro_batch_size for c in as_asked} == {16, 8, 4, 2, 1}
     assert "paged_adamw_32bit" in {c.optimizer for c in as_asked}
     assert 300 < len(plan_space(WISH, LIMITS, DEFAULT_ORDER)) <= 500
