@@ -1,0 +1,124 @@
+"""Batches become smaller pieces whose weighted losses add up to theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from autofit.training.recovery.rows import IGNORED, can_be_cut, count_rows, row_lengths, take, trained_items
+
+
+class LossKind(StrEnum):
+    """What a loss does with the rows of a batch."""
+
+    SUM = "sum"  # of parts that know nothing of each other (transformers divides by the items of the whole step)
+    ITEM_MEAN = "mean over trained tokens"
+    ROW_MEAN = "mean over rows"
+    WHOLE = "of all rows together"  # contrastive, batch norm, load balancing: not to be cut
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that go through the model at once; `weight` is what their loss counts in that of the whole."""
+
+    batch: Any
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Padded: rows × longest."""
+        return count_rows(self.batch) * max(row_lengths(self.batch), default=1)
+
+
+def cut(batches: Sequence[Any], most_tokens: int | None, kind: LossKind, shifted: bool) -> list[Piece]:
+    """The batches in pieces of at most so many padded tokens (a single row may have more), in the batches' order.
+
+    Args:
+        most_tokens: None cuts nothing.
+        shifted: see `rows.trained_items`.
+    """
+    pieces: list[Piece] = []
+    for batch in batches:
+        if most_tokens is None or kind is LossKind.WHOLE or not can_be_cut(batch):
+            pieces.append(Piece(batch))
+            continue
+        groups = _groups(row_lengths(batch), most_tokens)
+        parts = [batch] if len(groups) == 1 else [take(batch, group) for group in groups]
+        pieces += [Piece(part, weight_of(part, batch, kind, shifted)) for part in parts]
+    return pieces
+
+
+def weight_of(part: Any, batch: Any, kind: LossKind, shifted: bool) -> float:
+    """What the loss of a part counts in that of the batch."""
+    if kind is LossKind.ROW_MEAN:
+        return count_rows(part) / count_rows(batch)
+    if kind is LossKind.ITEM_MEAN:
+        return (trained_items(part, shifted) or 0) / max(1, trained_items(batch, shifted) or 0)
+    return 1.0
+
+
+def finer(batches: Sequence[Any], pieces: Sequence[Piece], kind: LossKind, shifted: bool) -> int | None:
+    """The largest number of tokens, by halves, that cuts the batches into more pieces; None where nothing does."""
+    most = max(piece.tokens for piece in pieces)
+    while most > 1:
+        most //= 2
+        if len(cut(batches, most, kind, shifted)) > len(pieces):
+            return most
+    return None
+
+
+def _groups(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Rows of about one length together, longest first."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= most_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group) for group in groups]
+
+
+def measure_kind(batch: Any, loss_of: Callable[[Any], float], shifted: bool, tolerance: float) -> LossKind:
+    """The kind of a loss, found out on two rows of a batch that can be cut: together, and each alone.
+
+    The two are given different numbers of trained tokens, for equal ones cannot tell two of the kinds apart. `WHOLE`
+    where no kind agrees, or two do: a gradient that might be another one is none.
+
+    Args:
+        loss_of: the loss of some rows, without dropout.
+        tolerance: of losses, relative: what rounding may do.
+    """
+    together = _unequal(batch, shifted)
+    alone = [take(together, [0]), take(together, [1])]
+    whole, parts = loss_of(together), [loss_of(part) for part in alone]
+
+    def error(kind: LossKind) -> float:
+        weights = [weight_of(part, together, kind, shifted) for part in alone]
+        return abs(whole - sum(w * loss for w, loss in zip(weights, parts, strict=True)))
+
+    kinds = [LossKind.SUM, LossKind.ROW_MEAN]
+    items = [trained_items(part, shifted) for part in alone]
+    if items[0] != items[1]:
+        kinds.append(LossKind.ITEM_MEAN)
+    good = [kind for kind in kinds if error(kind) <= tolerance * abs(whole) + 1e-7]
+    return good[0] if len(good) == 1 else LossKind.WHOLE
+
+
+def _unequal(batch: Any, shifted: bool) -> Any:
+    """Two rows of a batch with different numbers of trained tokens, where labels belong to tokens."""
+    lengths = row_lengths(batch)
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    items = [trained_items(take(batch, [row]), shifted) for row in range(len(lengths))]
+    second = next((row for row in order[1:] if items[row] != items[order[0]]), order[1])
+    rows = take(batch, [order[0], second])
+    labels = rows.get("labels")
+    if items[order[0]] == items[second] and torch.is_tensor(labels) and labels.dim() == 2:
+        fewer = labels.clone()
+        trained = (fewer[1] != IGNORED).nonzero().flatten()
+        fewer[1, trained[len(trained) // 2 :]] = IGNORED
+        rows = type(rows)({**rows, "labels": fewer})
+    return rows

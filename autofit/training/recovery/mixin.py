@@ -1,0 +1,255 @@
+"""Recovery for transformers' Trainer and what is made of it: the gradient of the stock class, or `OutOfBudget`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autofit.errors import OutOfBudget
+from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
+from autofit.training.recovery.evaluating import RecoveringEvaluation
+from autofit.training.recovery.faults import Record, Watch, free_memory, retried
+from autofit.training.recovery.optimizing import all_or_nothing
+from autofit.training.recovery.refusals import check_supported
+from autofit.training.recovery.rows import can_be_cut
+from autofit.training.recovery.undo import Snapshot
+
+# After so many steps without a fault a cut grows back.
+QUIET_STEPS = 100
+
+
+@dataclass
+class _Window:
+    """The micro-batches of one optimizer step; `seen` of them have been handed to `training_step`."""
+
+    batches: list[Any]
+    seen: int = 0
+
+
+class RecoveringTrainer(RecoveringEvaluation):
+    """Mixed into a trainer class, before it.
+
+    The stock loop hands over the micro-batches of an optimizer step one by one. All but the last are answered with
+    nothing; with the last, all of them run: so they can be cut anew, and done again, as one.
+
+    Attributes:
+        recovery: what happened; also in `events.jsonl` of the output folder.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_supported(type(self), args, kwargs)
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        check_supported(type(self), (), {}, trainer)
+        self.recovery = Record(trainer.args.output_dir)
+        self._window: _Window | None = None
+        self._most_tokens: int | None = None
+        self._quiet = 0
+        self._kind: LossKind | None = None
+        if trainer.optimizer is not None:
+            all_or_nothing(trainer.optimizer, self.recovery)
+
+    # The seams of the stock loop
+
+    def get_train_dataloader(self) -> Any:
+        """The stock loader; it leaves batches on the host.
+
+        Running out of memory while one is moved would kill its generator, and the epoch would end early without a word.
+        """
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        if hasattr(loader, "device"):
+            loader.device = None
+        return loader
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock optimizer, whose step is all or nothing."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        all_or_nothing(optimizer, self.recovery)
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of the next optimizer step."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        self._window = _Window(batches)
+        return batches, items
+
+    def _get_num_items_in_batch(self, *args: Any) -> Any:
+        return retried(self.recovery, "fetch", lambda: super(RecoveringTrainer, self)._get_num_items_in_batch(*args))  # type: ignore[misc]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return retried(self.recovery, "clipping", lambda: super(RecoveringTrainer, self)._clip_grad_norm(model))  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        stock = super()._get_grad_norm  # type: ignore[misc]
+        return retried(self.recovery, "clipping", lambda: stock(model, grad_norm=grad_norm))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super()._save_checkpoint  # type: ignore[misc]
+        return retried(self.recovery, "save", lambda: stock(*args, **kwargs))
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The stock step for the last micro-batch of an optimizer step and all before it; nothing for those.
+
+        Raises:
+            OutOfBudget: it does not fit in any way that leaves the result as it is.
+        """
+        window = self._window
+        if window is None or window.seen >= len(window.batches) or window.batches[window.seen] is not inputs:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        window.seen += 1
+        if window.seen < len(window.batches):
+            device = self.args.device  # type: ignore[attr-defined]
+            return retried(self.recovery, "fetch", lambda: torch.zeros((), device=device))
+        return self._sum(self._run(model, window.batches, num_items_in_batch))
+
+    # One optimizer step's gradients
+
+    def _run(self, model: nn.Module, batches: Sequence[Any], items: Any) -> list[torch.Tensor]:
+        """The losses of the pieces, after however many attempts."""
+        before = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
+        same_again, recompute = True, False
+        while True:
+            pieces = cut(batches, self._most_tokens, self._kind or LossKind.WHOLE, self._shifted)
+            with Watch() as watch:
+                losses = self._attempt(model, pieces, items, recompute)
+            if watch.fault is None:
+                self._grow_back(batches, quiet=same_again and not recompute)
+                return losses
+            model.zero_grad()  # accelerate's optimizer.zero_grad does nothing within a step
+            free_memory()
+            before.restore()
+            if same_again:
+                same_again = False
+                self._note(watch.fault, pieces, "freed memory and tried the same again")
+                continue
+            if self._kind is None:
+                self._kind = self._measured_kind(model, batches, items, before)
+            most = finer(batches, pieces, self._kind, self._shifted)
+            if most is not None:
+                self._most_tokens = most
+                self._note(watch.fault, pieces, f"cut into pieces of at most {most} tokens")
+            elif not recompute and self._can_recompute():
+                recompute = True
+                self._note(watch.fault, pieces, "recomputes activations in this step")
+            else:
+                self._note(watch.fault, pieces, "gave up")
+                raise OutOfBudget(self._why(pieces, watch.fault))
+
+    def _attempt(self, model: nn.Module, pieces: Sequence[Piece], items: Any, recompute: bool) -> list[torch.Tensor]:
+        losses = []
+        with self._recomputing() if recompute else contextlib.nullcontext():
+            for piece in pieces:
+                with self._weighted(piece.weight):
+                    loss = super().training_step(model, piece.batch, items)  # type: ignore[misc]
+                losses.append(loss if piece.weight == 1.0 else loss * piece.weight)
+        return losses
+
+    @contextlib.contextmanager
+    def _weighted(self, weight: float) -> Iterator[None]:
+        """Around `accelerator.backward`: a user's own `compute_loss` and `training_step` stand above this class."""
+        if weight == 1.0:
+            yield
+            return
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        genuine = accelerator.backward
+        accelerator.backward = lambda loss, **kwargs: genuine(loss * weight, **kwargs)
+        try:
+            yield
+        finally:
+            del accelerator.backward
+
+    def _sum(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The last loss, after the others were added to the running one, in the order in which the stock loop does."""
+        trainer: Any = self
+        for loss in losses[:-1]:
+            if trainer.args.logging_nan_inf_filter and not bool(torch.isfinite(loss)):
+                trainer._tr_loss += trainer._tr_loss / (1 + trainer.state.global_step - trainer._globalstep_last_logged)
+            else:
+                trainer._tr_loss += loss
+        return losses[-1]
+
+    # Smaller pieces, and larger ones again
+
+    @property
+    def _shifted(self) -> bool:
+        return bool(getattr(self, "_loss_shifts_labels", True))
+
+    def _measured_kind(self, model: nn.Module, batches: Sequence[Any], items: Any, before: Snapshot) -> LossKind:
+        batch = next((batch for batch in batches if can_be_cut(batch)), None)
+        if batch is None or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            return LossKind.WHOLE
+        trainer: Any = self
+
+        def loss_of(rows: Any) -> float:
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                return float(trainer.compute_loss(model, trainer._prepare_inputs(rows), num_items_in_batch=items))
+
+        exact = not (trainer.args.bf16 or trainer.args.fp16) and model_dtype(model) is torch.float32
+        kind = LossKind.WHOLE
+        training = model.training
+        model.eval()  # no dropout: the comparison is of the loss alone
+        try:
+            with Watch():
+                kind = measure_kind(batch, loss_of, self._shifted, 1e-5 if exact else 3e-3)
+        finally:
+            model.train(training)
+        before.restore()
+        self.recovery.add("loss", kind=kind.value)
+        return kind
+
+    def _grow_back(self, batches: Sequence[Any], quiet: bool) -> None:
+        self._quiet = self._quiet + 1 if quiet else 0
+        if self._most_tokens is None or self._quiet < QUIET_STEPS:
+            return
+        self._quiet = 0
+        self._most_tokens *= 2
+        whole = all(Piece(batch).tokens <= self._most_tokens for batch in batches)
+        self.recovery.add("grow", most_tokens=None if whole else self._most_tokens)
+        if whole:
+            self._most_tokens = None
+
+    def _base(self) -> Any:
+        model: Any = self.model  # type: ignore[attr-defined]
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _can_recompute(self) -> bool:
+        base = self._base()
+        able = getattr(
+            base, "supports_activation_checkpointing", getattr(base, "supports_gradient_checkpointing", False)
+        )
+        return bool(able) and not getattr(base, "is_activation_checkpointing", True)
+
+    @contextlib.contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        base = self._base()
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        base.disable_input_require_grads()
+        try:
+            yield
+        finally:
+            base.activation_checkpointing_disable()
+
+    def _note(self, fault: str, pieces: Sequence[Piece], did: str) -> None:
+        step = self.state.global_step  # type: ignore[attr-defined]
+        largest = max(piece.tokens for piece in pieces)
+        about = {"step": step, "pieces": len(pieces), "largest_tokens": largest}
+        self.recovery.add("oom", phase="step", message=fault, did=did, **about)
+
+    def _why(self, pieces: Sequence[Piece], fault: str) -> str:
+        largest = max(piece.tokens for piece in pieces)
+        if self._kind is LossKind.WHOLE:
+            what = "the loss takes all rows of a micro-batch together, so it cannot be cut"
+        else:
+            what = f"a single row of {largest} tokens is too much"
+        return f"step {self.state.global_step + 1} does not fit: {what}; {fault}"  # type: ignore[attr-defined]
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The least exact floating type among a model's parameters."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return min(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)

@@ -1,0 +1,45 @@
+"""What a failed attempt at a step has touched besides gradients, and how to put it back."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# Larger buffers are tables that no forward pass writes to.
+_LARGEST_BUFFER = 2**20
+# Running figures of TRL's trainers, which count the tokens of failed attempts, too.
+_FIGURES = ("_metrics", "_total_train_tokens")
+
+
+class Snapshot:
+    """Random states, buffers and running figures of a trainer at one moment."""
+
+    def __init__(self, trainer: Any, model: nn.Module) -> None:
+        self._trainer = trainer
+        self._random = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        # Batch norm changes its statistics without counting a version, so copies and no comparison.
+        small = (buffer for buffer in model.buffers() if buffer.numel() < _LARGEST_BUFFER)
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in small]
+        self._figures = {name: copy.deepcopy(getattr(trainer, name)) for name in _FIGURES if hasattr(trainer, name)}
+
+    def restore(self) -> None:
+        """Everything as it was; a snapshot can be restored more than once."""
+        torch.set_rng_state(self._random[0])
+        random.setstate(self._random[1])
+        np.random.set_state(self._random[2])
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        for buffer, kept in self._buffers:
+            buffer.data.copy_(kept)
+        for name, value in self._figures.items():
+            setattr(self._trainer, name, copy.deepcopy(value))
+        offloading: Any = getattr(self._trainer, "maybe_activation_offload_context", None)
+        if hasattr(offloading, "tracker"):  # TRL's, in the middle of a pass
+            offloading.tracker.clear()
+            offloading.is_first_forward_call = True

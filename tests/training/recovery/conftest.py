@@ -1,0 +1,121 @@
+"""A tiny Llama and data of all lengths, stock trainers and ours on them, and faults."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+
+LENGTHS = [9, 30, 14, 22, 5, 17, 26, 11, 30, 8, 19, 24, 6, 28, 13, 21]
+
+
+def pad(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        ids, missing = row["input_ids"], width - len(row["input_ids"])
+        batch["input_ids"].append(ids + [0] * missing)
+        batch["attention_mask"].append([1] * len(ids) + [0] * missing)
+        batch["labels"].append(ids + [-100] * missing)
+    return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def examples():
+    draw = torch.Generator().manual_seed(7)
+    return [{"input_ids": torch.randint(1, 64, (length,), generator=draw).tolist()} for length in LENGTHS]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    """One thread, for models this small; and a collector that need not go through all that was ever imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    set_seed(3)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=64,
+            max_position_embeddings=64,
+            attention_dropout=0.0,
+        )
+    )
+
+
+@pytest.fixture
+def made(tiny_llama, tmp_path):
+    """Makes a trainer of a class: the same model, data and arguments each time."""
+
+    def make(cls, model=None, **given):
+        arguments = {
+            "output_dir": str(tmp_path / f"run-{cls.__name__}"),
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            "seed": 11,
+        }
+        mixed = {k: given.pop(k) for k in list(given) if k in ("train_dataset", "eval_dataset", "data_collator")}
+        extra = {k: given.pop(k) for k in list(given) if k.startswith("compute_") or k == "optimizers"}
+        data = {"train_dataset": examples(), "data_collator": pad} | mixed
+        return cls(
+            model=copy.deepcopy(model or tiny_llama), args=TrainingArguments(**{**arguments, **given}), **data, **extra
+        )
+
+    return make
+
+
+class FailingAllocations(TorchDispatchMode):
+    """Counts allocations of 1 KiB and more; those whose turn is in `fail` run out of memory."""
+
+    def __init__(self, fail=()):
+        super().__init__()
+        self.fail, self.count, self._seen = set(fail), 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() >= 1024:
+                if leaf.untyped_storage()._cdata in inputs:
+                    continue
+                self.count += 1
+                if self.count - 1 in self.fail:
+                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate number {self.count - 1}.")
+        return out
+
+
+def weights(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def farthest(one, other, start):
+    """The largest difference of two weights, as a share of the distance travelled from the start."""
+    travelled = torch.sqrt(sum(((one[n] - start[n]).float() ** 2).sum() for n in one))
+    apart = torch.sqrt(sum(((one[n] - other[n]).float() ** 2).sum() for n in one))
+    return float(apart / travelled)
