@@ -92,6 +92,9 @@ class Terminal:
             f"peak {format_bytes(training['device_bytes'])} (worst case {format_bytes(worst or 0)}) "
             f"of {format_bytes(report.budget.total_bytes)}"
         )
+        if training.get("recovered"):
+            times = f"{training['recovered']} time{'s' if training['recovered'] > 1 else ''}"
+            self.console.print(f"         out of memory {times}, without a trace in the result: see events.jsonl")
         self.console.print(f"adapter  {escape(str(summary.folder / 'adapter'))}")
 
     def _bar(self, record: dict[str, Any]) -> None:

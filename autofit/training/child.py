@@ -80,6 +80,7 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
         "peak_allocated_bytes": peaks.allocated_bytes,
         "peak_reserved_bytes": peaks.reserved_bytes,
         "device_bytes": peaks.device_bytes,
+        "recovered": sum(event["event"] == "oom" for event in trainer.recovery.events),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from autofit.errors import OutOfBudget
 from autofit.memory.meter import open_meter
 from autofit.space.candidate import Candidate
 from autofit.step.batch import collate, trained_tokens
@@ -19,6 +20,7 @@ from autofit.training.request import Schedule
 from autofit.training.trainer import NonFiniteLoss, StepTrainer
 from autofit.trial.phases import PhaseReport
 from tests.conftest import CPU
+from tests.training.recovery.conftest import FailingAllocations
 
 CANDIDATE = Candidate(micro_batch_size=8, max_seq_length=64, dtype="float32", checkpointed_layers=2)
 
@@ -235,3 +237,46 @@ def test_training_on_nothing_but_the_longest_stays_within_its_trial(tiny_source,
         made.train()
     assert made.state.global_step == 4
     assert meter.peaks().device_bytes > 0.9 * worst
+
+
+def faulty(made, allocations):
+    """Trains while these allocations fail; the trainer's own adapters afterwards."""
+    counter = FailingAllocations(allocations)
+    with counter:
+        made.train()
+    return adapters(made.model), counter.count
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_an_out_of_memory_inside_training_changes_nothing(tiny_source, tmp_path, layers):
+    candidate = CANDIDATE.replace(checkpointed_layers=layers, lora_dropout=0.1)
+    undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed", candidate, max_steps=2)
+    expected, count = faulty(undisturbed, ())
+    for number in range(count // 12, count, count // 6):
+        made, _ = trainer(tiny_source, tmp_path / str(number), candidate, max_steps=2)
+        found, _ = faulty(made, {number})
+        assert all(torch.equal(expected[n], found[n]) for n in expected), number
+        assert losses(tmp_path / str(number)) == losses(tmp_path / "undisturbed")
+        assert [event["event"] for event in made.recovery.events] == ["oom"]
+
+
+def test_a_step_that_does_not_fit_is_cut_and_then_given_up(tiny_source, tmp_path):
+    whole, _ = trainer(tiny_source, tmp_path / "whole", max_steps=2)
+    expected, count = faulty(whole, ())
+    cut, _ = trainer(tiny_source, tmp_path / "cut", max_steps=2)
+    found, _ = faulty(cut, {count // 4, count // 4 + 60})
+    assert all(torch.allclose(expected[n], found[n], atol=1e-4) for n in expected)
+    assert [event["did"][:3] for event in cut.recovery.events] == ["fre", "cut"]
+    lines = (tmp_path / "cut" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["oom", "oom"]
+    hopeless, _ = trainer(tiny_source, tmp_path / "hopeless", max_steps=2)
+    with pytest.raises(OutOfBudget, match=r"step 1 does not fit: a sequence of \d+ tokens alone"):
+        faulty(hopeless, range(200, 1_000_000))
+
+
+def test_evaluation_that_does_not_fit_is_cut_and_leaves_training_alone(tiny_source, tmp_path):
+    made, _ = trainer(tiny_source, tmp_path, evaluate=True)
+    expected = made.evaluate()["eval_loss"]
+    with FailingAllocations({40}):
+        assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert made._token_budget == CANDIDATE.token_budget

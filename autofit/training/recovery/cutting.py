@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autofit.space.cut import cut as cut_rows
 from autofit.training.recovery.rows import IGNORED, can_be_cut, count_rows, row_lengths, take, trained_items
 
 
@@ -46,7 +47,7 @@ def cut(batches: Sequence[Any], most_tokens: int | None, kind: LossKind, shifted
         if most_tokens is None or kind is LossKind.WHOLE or not can_be_cut(batch):
             pieces.append(Piece(batch))
             continue
-        groups = _groups(row_lengths(batch), most_tokens)
+        groups = [sorted(group) for group in cut_rows(row_lengths(batch), most_tokens)]
         parts = [batch] if len(groups) == 1 else [take(batch, group) for group in groups]
         pieces += [Piece(part, weight_of(part, batch, kind, shifted)) for part in parts]
     return pieces
@@ -69,17 +70,6 @@ def finer(batches: Sequence[Any], pieces: Sequence[Piece], kind: LossKind, shift
         if len(cut(batches, most, kind, shifted)) > len(pieces):
             return most
     return None
-
-
-def _groups(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Rows of about one length together, longest first."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= most_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [sorted(group) for group in groups]
 
 
 def measure_kind(batch: Any, loss_of: Callable[[Any], float], shifted: bool, tolerance: float) -> LossKind:

@@ -15,6 +15,8 @@ import torch
 from autofit.errors import OutOfBudget
 from autofit.trial.classify import classify_exception
 
+# After so many steps without a fault what was cut grows back.
+QUIET_STEPS = 100
 # How often what should need no more memory the second time is tried again.
 _TIMES = 3
 
@@ -59,7 +61,7 @@ class Record:
 
     def add(self, event: str, **about: Any) -> None:
         """One more event; a file that cannot be written loses no training."""
-        line = {"time": round(time.time(), 3), "event": event, **about}
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **about}
         self.events.append(line)
         if self._file is None:
             return

@@ -13,14 +13,12 @@ from torch import nn
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
 from autofit.training.recovery.evaluating import RecoveringEvaluation
-from autofit.training.recovery.faults import Record, Watch, free_memory, retried
+from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, retried
 from autofit.training.recovery.optimizing import all_or_nothing
+from autofit.training.recovery.recomputing import keeps_some, recomputing
 from autofit.training.recovery.refusals import check_supported
 from autofit.training.recovery.rows import can_be_cut
 from autofit.training.recovery.undo import Snapshot
-
-# After so many steps without a fault a cut grows back.
-QUIET_STEPS = 100
 
 
 @dataclass
@@ -133,7 +131,7 @@ class RecoveringTrainer(RecoveringEvaluation):
             if most is not None:
                 self._most_tokens = most
                 self._note(watch.fault, pieces, f"cut into pieces of at most {most} tokens")
-            elif not recompute and self._can_recompute():
+            elif not recompute and keeps_some(model):
                 recompute = True
                 self._note(watch.fault, pieces, "recomputes activations in this step")
             else:
@@ -142,7 +140,7 @@ class RecoveringTrainer(RecoveringEvaluation):
 
     def _attempt(self, model: nn.Module, pieces: Sequence[Piece], items: Any, recompute: bool) -> list[torch.Tensor]:
         losses = []
-        with self._recomputing() if recompute else contextlib.nullcontext():
+        with recomputing(model) if recompute else contextlib.nullcontext():
             for piece in pieces:
                 with self._weighted(piece.weight):
                     loss = super().training_step(model, piece.batch, items)  # type: ignore[misc]
@@ -212,27 +210,6 @@ class RecoveringTrainer(RecoveringEvaluation):
         self.recovery.add("grow", most_tokens=None if whole else self._most_tokens)
         if whole:
             self._most_tokens = None
-
-    def _base(self) -> Any:
-        model: Any = self.model  # type: ignore[attr-defined]
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    def _can_recompute(self) -> bool:
-        base = self._base()
-        able = getattr(
-            base, "supports_activation_checkpointing", getattr(base, "supports_gradient_checkpointing", False)
-        )
-        return bool(able) and not getattr(base, "is_activation_checkpointing", True)
-
-    @contextlib.contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        base = self._base()
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        base.disable_input_require_grads()
-        try:
-            yield
-        finally:
-            base.activation_checkpointing_disable()
 
     def _note(self, fault: str, pieces: Sequence[Piece], did: str) -> None:
         step = self.state.global_step  # type: ignore[attr-defined]

@@ -1,18 +1,24 @@
 """An out-of-memory in the middle of training changes nothing in the result."""
 
+import copy
+import sys
+
 import pytest
 import torch
-from transformers import Trainer
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback
 
 from autofit.errors import OutOfBudget
 from autofit.memory.ledger import Ledger
-from autofit.training.recovery import mixin
+from autofit.training.recovery import cutting, faults, mixin, optimizing, undo
 from autofit.training.recovery.trainers import AutoFitTrainer
 from tests.training.recovery.conftest import FailingAllocations, farthest, same, weights
 
 
 def losses(trainer):
-    return [(line["loss"], line["grad_norm"], line["learning_rate"]) for line in trainer.state.log_history if "loss" in line]
+    return [
+        (line["loss"], line["grad_norm"], line["learning_rate"]) for line in trainer.state.log_history if "loss" in line
+    ]
 
 
 def trained(trainer, *modes):
@@ -27,7 +33,9 @@ def trained(trainer, *modes):
     return start, weights(trainer)
 
 
-@pytest.mark.parametrize("given", [{}, {"gradient_accumulation_steps": 1}, {"label_smoothing_factor": 0.1}, {"max_steps": 5}])
+@pytest.mark.parametrize(
+    "given", [{}, {"gradient_accumulation_steps": 1}, {"label_smoothing_factor": 0.1}, {"max_steps": 5}]
+)
 def test_undisturbed_it_is_the_stock_class_bit_for_bit(made, given):
     stock, ours = made(Trainer, **given), made(AutoFitTrainer, **given)
     assert same(trained(stock)[1], trained(ours)[1])
@@ -97,12 +105,12 @@ def test_a_cut_grows_back(made, monkeypatch):
 
 def mean_over_rows(outputs, labels, num_items_in_batch=None):
     logits = outputs.logits[:, :-1].float()
-    token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
+    token = cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
     return (token.sum(1) / (labels[:, 1:] != -100).sum(1)).mean() / 2
 
 
 def mean_over_tokens(outputs, labels, num_items_in_batch=None):
-    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()) / 2
+    return cross_entropy(outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()) / 2
 
 
 def contrastive(outputs, labels, num_items_in_batch=None):
@@ -143,3 +151,109 @@ def test_events_are_kept_in_the_run_s_folder(made, tmp_path):
     ours = made(AutoFitTrainer, output_dir=str(tmp_path / "run"))
     trained(ours, FailingAllocations({counter.count // 2}))
     assert (tmp_path / "run" / "events.jsonl").read_text().count("\n") == len(ours.recovery.events) == 1
+
+
+def test_dropout_draws_the_same_again(made, tiny_llama):
+    model = copy.deepcopy(tiny_llama)
+    model.config.attention_dropout = 0.3
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    _, expected = trained(made(Trainer, model))
+    assert not same(expected, trained(made(Trainer))[1])
+    counter = FailingAllocations()
+    trained(made(AutoFitTrainer, model, max_steps=1), counter)
+    for number in range(counter.count // 4, counter.count, counter.count // 8):
+        ours = made(AutoFitTrainer, model)
+        assert same(trained(ours, FailingAllocations({number}))[1], expected)
+        assert len(ours.recovery.events) == 1
+
+
+def test_memory_is_flat_over_many_recoveries(made):
+    counter = FailingAllocations()
+    trained(made(AutoFitTrainer, max_steps=1), counter)
+    ours = made(AutoFitTrainer, max_steps=60, logging_steps=100)
+    ledger, live = Ledger(), []
+    ours.add_callback(_AtStepEnd(lambda: live.append(ledger.live_bytes)))
+    trained(ours, ledger, FailingAllocations(range(counter.count // 2, 60 * counter.count, counter.count)))
+    assert sum(event["event"] == "oom" for event in ours.recovery.events) >= 40
+    assert max(live[10:]) <= max(live[:10])
+
+
+class _AtStepEnd(TrainerCallback):
+    def __init__(self, work):
+        self.work = work
+
+    def on_step_end(self, *args, **kwargs):
+        self.work()
+
+
+def drop_a_piece(monkeypatch):
+    genuine = mixin.cut
+    monkeypatch.setattr(mixin, "cut", lambda *a: pieces[:-1] if len(pieces := genuine(*a)) > 2 else pieces)
+
+
+def double_a_piece(monkeypatch):
+    genuine = mixin.cut
+    monkeypatch.setattr(mixin, "cut", lambda *a: [*pieces, pieces[-1]] if len(pieces := genuine(*a)) > 2 else pieces)
+
+
+def mean_of_means(monkeypatch):
+    genuine = mixin.cut
+
+    def alike(*asked):
+        pieces = genuine(*asked)
+        return [cutting.Piece(piece.batch, len(asked[0]) / len(pieces)) for piece in pieces]
+
+    monkeypatch.setattr(mixin, "cut", alike)
+
+
+def keep_partial_gradients(monkeypatch):
+    genuine = torch.nn.Module.zero_grad
+
+    def zero_grad(self, set_to_none=True):
+        if not sys._getframe(1).f_code.co_filename.endswith("mixin.py"):
+            genuine(self, set_to_none)
+
+    monkeypatch.setattr(torch.nn.Module, "zero_grad", zero_grad)
+
+
+def keep_half_a_step(monkeypatch):
+    def undoable(optimizer, genuine, moving, record, did):
+        with faults.Watch() as watch:
+            genuine()
+        return watch.fault is None
+
+    monkeypatch.setattr(optimizing, "_undoable", undoable)
+
+
+def restore_nothing(monkeypatch):
+    monkeypatch.setattr(undo.Snapshot, "restore", lambda self: torch.manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [drop_a_piece, double_a_piece, mean_of_means, keep_partial_gradients, keep_half_a_step, restore_nothing],
+)
+def test_planted_defects_are_seen(made, tiny_llama, monkeypatch, defect):
+    """What the tests above compare does see these: each changes the weights by more than they allow."""
+    model = copy.deepcopy(tiny_llama)
+    if defect is restore_nothing:
+        model.model.layers[0].self_attn.attention_dropout = 0.3
+    given = {"compute_loss_func": mean_over_tokens} if defect is mean_of_means else {}
+    start, expected = trained(made(Trainer, model, **given))
+    counter = FailingAllocations()
+    trained(made(AutoFitTrainer, model, max_steps=1, **given), counter)
+    third, last = counter.count // 3, range(counter.count // 2, counter.count, 7)
+    tries = {keep_half_a_step: [{n} for n in last], restore_nothing: [{third}]}
+    tries = tries.get(defect, [{third, third + counter.count // 4}])
+
+    def worst():
+        try:
+            found = [trained(made(AutoFitTrainer, model, **given), FailingAllocations(numbers))[1] for numbers in tries]
+        except KeyError:  # AdamW, of a state that was only begun
+            return float("inf")
+        return max(farthest(expected, one, start) for one in found)
+
+    assert worst() < 1e-5
+    defect(monkeypatch)
+    assert worst() > 1e-4

@@ -1,0 +1,249 @@
+"""The parts of recovery: the optimizer's step, evaluation, batches and their cuts, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from autofit.errors import OutOfBudget, UsageError
+from autofit.step.tokenizer import byte_tokenizer
+from autofit.training.recovery.cutting import LossKind, cut, finer, measure_kind
+from autofit.training.recovery.faults import Record, Watch, retried
+from autofit.training.recovery.optimizing import all_or_nothing
+from autofit.training.recovery.rows import can_be_cut, row_lengths, take, trained_items
+from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
+from tests.training.recovery.conftest import FailingAllocations, examples, pad, same, weights
+
+
+def optimizer_and_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    record = Record(None)
+    return model, optimizer, record
+
+
+def gradients(model, seed):
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+
+
+def stepped(fail=(), steps=3, wrap=True):
+    model, optimizer, record = optimizer_and_model()
+    if wrap:
+        all_or_nothing(optimizer, record)
+    counter = FailingAllocations(fail)
+    for step in range(steps):
+        gradients(model, step)
+        with counter:
+            optimizer.step()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, record, counter.count
+
+
+def test_an_optimizer_s_step_is_all_or_nothing_at_each_allocation():
+    expected, _, _ = stepped(wrap=False)
+    _, record, count = stepped()
+    assert record.events == []
+    assert count >= 30
+    for number in range(count):
+        found, record, _ = stepped({number})
+        assert same(expected, found), number
+        assert len(record.events) == 1
+
+
+def test_an_optimizer_s_step_goes_parameter_by_parameter_where_there_is_no_room():
+    expected, _, _ = stepped(wrap=False, steps=1)
+    for fails in ({0, 1}, {2, 5}, {9, 15}):
+        found, record, _ = stepped(fails, steps=1)
+        assert all(torch.allclose(expected[n], found[n], rtol=1e-6) for n in expected)
+        assert len(record.events) == 2
+    with pytest.raises(OutOfBudget, match=r"optimizer\.step does not fit"):
+        stepped(range(10_000), steps=1)
+
+
+def test_nothing_but_an_out_of_memory_is_swallowed():
+    with pytest.raises(ValueError, match="mine"), Watch():
+        raise ValueError("mine")
+    with pytest.raises(OutOfBudget), Watch():
+        raise OutOfBudget("really")
+    for error in (torch.OutOfMemoryError("x"), RuntimeError("CUDA error: out of memory"), MemoryError()):
+        with Watch() as watch:
+            raise error
+        assert watch.fault
+
+
+def test_what_never_fits_ends_in_one_line():
+    record = Record(None)
+
+    def never():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(OutOfBudget, match="save does not fit, tried 3 times"):
+        retried(record, "save", never)
+    assert [event["phase"] for event in record.events] == ["save"] * 3
+
+
+def test_rows_are_taken_without_the_padding_that_all_of_them_have():
+    batch = pad(examples()[:4])
+    assert row_lengths(batch) == [9, 30, 14, 22]
+    part = take(batch, [2, 0])
+    assert part["input_ids"].shape == part["labels"].shape == (2, 14)
+    assert torch.equal(part["input_ids"][1, :9], batch["input_ids"][0, :9])
+    assert trained_items(part, shifted=True) == 13 + 8
+    left = {**batch, "attention_mask": batch["attention_mask"].flip(1)}
+    assert take(left, [0])["input_ids"].shape == (1, 30)
+    assert can_be_cut({**batch, "flag": True})
+    assert not can_be_cut({**batch, "table": torch.zeros(3, 3)})
+    assert not can_be_cut(take(batch, [0]))
+
+
+@pytest.mark.parametrize("most", [1, 30, 44, 61, 1000])
+def test_a_cut_keeps_every_row_once(most):
+    batches = [pad(examples()[:6]), pad(examples()[6:])]
+    pieces = cut(batches, most, LossKind.SUM, shifted=True)
+    found = sorted(tuple(ids[ids > 0].tolist()) for piece in pieces for ids in piece.batch["input_ids"])
+    assert found == sorted(tuple(example["input_ids"]) for example in examples())
+    assert all(piece.tokens <= max(most, 30) for piece in pieces)
+    assert cut(batches, most, LossKind.WHOLE, shifted=True)[0].batch is batches[0]
+
+
+def test_finer_is_the_next_cut_and_then_none():
+    batches, most, counts = [pad(examples()[:4])], None, []
+    while True:
+        pieces = cut(batches, most, LossKind.SUM, shifted=True)
+        counts.append(len(pieces))
+        most = finer(batches, pieces, LossKind.SUM, shifted=True)
+        if most is None:
+            break
+    assert counts[0] == 1
+    assert counts == sorted(set(counts))
+    assert counts[-1] == 4
+
+
+def test_equal_rows_are_made_unequal_to_tell_the_kinds_apart():
+    batch = pad([{"input_ids": list(range(1, 11))}, {"input_ids": list(range(20, 30))}])
+
+    def token_loss(rows):
+        return torch.where(rows["labels"][:, 1:] != -100, rows["labels"][:, 1:].float(), torch.nan)
+
+    kinds = {
+        LossKind.SUM: lambda rows: float(token_loss(rows).nansum()),
+        LossKind.ITEM_MEAN: lambda rows: float(token_loss(rows).nanmean()),
+        LossKind.ROW_MEAN: lambda rows: float(token_loss(rows).nanmean(1).mean()),
+        LossKind.WHOLE: lambda rows: float(token_loss(rows).nansum() ** 2),
+    }
+    for kind, loss in kinds.items():
+        assert measure_kind(batch, loss, True, 1e-5) is kind
+    assert measure_kind(batch, lambda rows: float("nan"), True, 1e-5) is LossKind.WHOLE
+
+
+def evaluated(trainer, fail=()):
+    with FailingAllocations(fail) as counter:
+        return trainer.evaluate(examples()[:6]), counter.count
+
+
+def test_evaluation_shrinks_on_its_own(made):
+    expected, _ = evaluated(made(Trainer, per_device_eval_batch_size=6))
+    _, count = evaluated(made(AutoFitTrainer, per_device_eval_batch_size=6))
+    for number in range(0, count, 5):
+        ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
+        try:
+            found, _ = evaluated(ours, {number})
+        except torch.OutOfMemoryError:  # where a batch is fetched
+            assert number < 3
+            continue
+        assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+        assert [event["phase"] for event in ours.recovery.events] == ["eval"]
+        assert ours._most_tokens is None
+    with pytest.raises(OutOfBudget, match="evaluation does not fit"):
+        evaluated(made(AutoFitTrainer, per_device_eval_batch_size=6), range(3, 10_000))
+
+
+def test_predictions_of_the_parts_are_those_of_the_whole(made):
+    expected = made(Trainer, per_device_eval_batch_size=6).predict(examples()[:6])
+    ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
+    ours._eval_rows = 2
+    found = ours.predict(examples()[:6])
+    assert found.predictions.shape == expected.predictions.shape
+    real = expected.label_ids != -100
+    assert torch.allclose(torch.tensor(found.predictions[real]), torch.tensor(expected.predictions[real]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"auto_find_batch_size": True}, "does not cover auto_find_batch_size: leave it away"),
+        ({"optim": "lomo"}, "does not cover optim lomo"),
+    ],
+)
+def test_what_is_not_covered_is_refused_by_name(made, given, says):
+    with pytest.raises(UsageError, match=says):
+        made(AutoFitTrainer, **given)
+
+
+def test_renamed_arguments_are_told_their_new_name(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match="AutoFitTrainer: argument tokenizer has become processing_class"):
+        AutoFitTrainer(model=tiny_llama, tokenizer=None)
+    with pytest.raises(UsageError, match="argument max_seq_length has become max_length, of SFTConfig"):
+        AutoFitSFTTrainer(model=tiny_llama, max_seq_length=8)
+
+
+def test_a_model_spread_over_devices_is_refused(tiny_llama, tmp_path):
+    model = copy.deepcopy(tiny_llama)
+    model.hf_device_map = {"model.layers.0": "cpu", "lm_head": "disk"}
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(UsageError, match="spread over cpu, disk"):
+        AutoFitTrainer(model=model, args=arguments)
+
+
+def sft(cls, model, folder):
+    arguments = SFTConfig(
+        output_dir=str(folder / cls.__name__),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        gradient_checkpointing=False,
+    )
+    peft = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    torch.manual_seed(0)
+    return cls(
+        model=copy.deepcopy(model),
+        args=arguments,
+        train_dataset=Dataset.from_list(examples()),
+        data_collator=pad,
+        peft_config=peft,
+        processing_class=byte_tokenizer(),
+    )
+
+
+def test_trl_s_trainer_recovers_too(tiny_llama, tmp_path):
+    stock = sft(SFTTrainer, tiny_llama, tmp_path)
+    stock.train()
+    counter = FailingAllocations()
+    undisturbed = sft(AutoFitSFTTrainer, tiny_llama, tmp_path)
+    with counter:
+        undisturbed.train()
+    assert same(weights(stock), weights(undisturbed))
+    for number in range(counter.count // 8, counter.count // 2, counter.count // 8):
+        ours = sft(AutoFitSFTTrainer, tiny_llama, tmp_path)
+        with FailingAllocations({number}):
+            ours.train()
+        assert same(weights(stock), weights(ours))
+        tokens = [[log.get("num_tokens") for log in t.state.log_history] for t in (stock, ours)]
+        assert tokens[0] == tokens[1]
+        assert len(ours.recovery.events) == 1
