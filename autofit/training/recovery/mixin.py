@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autofit.errors import OutOfBudget
+from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, retried
@@ -35,22 +36,31 @@ class RecoveringTrainer(RecoveringEvaluation):
     The stock loop hands over the micro-batches of an optimizer step one by one. All but the last are answered with
     nothing; with the last, all of them run: so they can be cut anew, and done again, as one.
 
+    Args:
+        gpu_mem: what the process may use of its device in `train`: a size ("24GB"), a card's name, or "auto".
+
     Attributes:
         recovery: what happened; also in `events.jsonl` of the output folder.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gpu_mem: str | None = None, **kwargs: Any) -> None:
         check_supported(type(self), args, kwargs)
         super().__init__(*args, **kwargs)
         trainer: Any = self
         check_supported(type(self), (), {}, trainer)
         self.recovery = Record(trainer.args.output_dir)
+        self._cap = None if gpu_mem is None else Cap(gpu_mem, trainer.model, trainer.args.device)
         self._window: _Window | None = None
         self._most_tokens: int | None = None
         self._quiet = 0
         self._kind: LossKind | None = None
         if trainer.optimizer is not None:
             all_or_nothing(trainer.optimizer, self.recovery)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the stock class does; under `gpu_mem`, where that was given."""
+        with self._cap.held() if self._cap is not None else contextlib.nullcontext():
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     # The seams of the stock loop
 

@@ -77,7 +77,7 @@ def made(tiny_llama, tmp_path):
             "seed": 11,
         }
         mixed = {k: given.pop(k) for k in list(given) if k in ("train_dataset", "eval_dataset", "data_collator")}
-        extra = {k: given.pop(k) for k in list(given) if k.startswith("compute_") or k == "optimizers"}
+        extra = {k: given.pop(k) for k in list(given) if k.startswith("compute_") or k in ("optimizers", "gpu_mem")}
         data = {"train_dataset": examples(), "data_collator": pad} | mixed
         return cls(
             model=copy.deepcopy(model or tiny_llama), args=TrainingArguments(**{**arguments, **given}), **data, **extra

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
-from autofit.errors import OutOfBudget
+from autofit.errors import OutOfBudget, UsageError
 from autofit.memory.ledger import Ledger
 from autofit.training.recovery import cutting, faults, mixin, optimizing, undo
 from autofit.training.recovery.trainers import AutoFitTrainer
@@ -257,3 +257,43 @@ def test_planted_defects_are_seen(made, tiny_llama, monkeypatch, defect):
     assert worst() < 1e-5
     defect(monkeypatch)
     assert worst() > 1e-4
+
+
+def test_gpu_mem_holds_the_process_to_a_budget(made):
+    start, expected = trained(made(Trainer))
+    ledger = Ledger()
+    whole = made(AutoFitTrainer)
+    ledger.hold([*whole.model.parameters(), *whole.model.buffers()])
+    held = ledger.live_bytes
+    trained(whole, ledger)
+    budget = f"{held + (ledger.peak_bytes - held) * 6 // 10}B"
+    ours = made(AutoFitTrainer, gpu_mem=budget)
+    _, found = trained(ours)
+    assert farthest(expected, found, start) < 1e-5
+    assert any(event["event"] == "oom" for event in ours.recovery.events)
+    with pytest.raises(UsageError, match=r"the model's weights alone take .* load it with quantization_config"):
+        made(AutoFitTrainer, gpu_mem="1000B")
+    with pytest.raises(UsageError, match="neither a size"):
+        made(AutoFitTrainer, gpu_mem="plenty")
+
+
+def test_checkpoints_are_the_stock_class_s_and_a_resumed_run_goes_on_as_it_would_have(made):
+    _, expected = trained(made(Trainer, max_steps=4))
+    counter = FailingAllocations()
+    trained(made(AutoFitTrainer, max_steps=1), counter)
+    given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = made(AutoFitTrainer, **given)
+    first.add_callback(_StopAfter(2))
+    trained(first, FailingAllocations({counter.count // 2}))
+    for cls in (AutoFitTrainer, Trainer):
+        again = made(cls, **given)
+        again.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-2")
+        assert same(weights(again), expected)
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps

@@ -1,0 +1,62 @@
+"""A trainer's process held to a part of its device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from autofit.errors import UsageError
+from autofit.memory.calibration import UNCALIBRATED, load_calibration
+from autofit.memory.device import cpu_facts, detect_device
+from autofit.memory.meter import open_meter
+from autofit.space.budget import make_budget
+from autofit.space.units import format_bytes
+
+
+class Cap:
+    """What `gpu_mem` leaves to this process, of the device that a trainer uses.
+
+    Attributes:
+        usable_bytes: the budget less headroom, CUDA context included.
+
+    Raises:
+        UsageError: no size; or more is asked for by the weights alone, then with the line to change.
+    """
+
+    def __init__(self, gpu_mem: str, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = detect_device() if device.type == "cuda" else cpu_facts()
+        self.usable_bytes = make_budget(gpu_mem, self._device).usable_bytes
+        self._context_bytes = 0
+        if self._device.type == "cuda":
+            self._context_bytes = (load_calibration(self._device) or UNCALIBRATED).context_bytes
+        storages = [tensor.untyped_storage() for tensor in self._tensors()]
+        held = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        if held + self._context_bytes > self.usable_bytes:
+            raise UsageError(
+                f"gpu_mem={gpu_mem!r}: the model's weights alone take {format_bytes(held)} of it; load it with "
+                "quantization_config=BitsAndBytesConfig(load_in_4bit=True), or give more"
+            )
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self._model.parameters()
+        yield from self._model.buffers()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While it is open, what goes beyond runs out of memory."""
+        if self._device.type == "cpu":
+            with open_meter("cpu", self.usable_bytes) as meter:
+                meter.hold(self._tensors())
+                yield
+            return
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (self.usable_bytes - self._context_bytes) / total))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)

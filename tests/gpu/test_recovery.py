@@ -1,0 +1,70 @@
+"""A card that runs out of memory inside training: the result is that of one that does not."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+from autofit.training.recovery.trainers import AutoFitTrainer
+from tests.training.recovery.conftest import farthest, weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+LENGTHS = [512, 300, 700, 450, 90, 1024, 620, 210]
+
+
+def pad(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        mask[i, : len(row["input_ids"])] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def made(cls, model, folder, **given):
+    draw = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(1, 8000, (n,), generator=draw).tolist()} for n in LENGTHS * 4]
+    arguments = TrainingArguments(
+        output_dir=str(folder / cls.__name__),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        max_grad_norm=1.0,
+    )
+    return cls(model=copy.deepcopy(model), args=arguments, train_dataset=data, data_collator=pad, **given)
+
+
+def test_a_real_out_of_memory_changes_nothing(tmp_path):
+    set_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 8192}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8)).float()
+    stock = made(Trainer, model, tmp_path)
+    start = weights(stock)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    stock.train()
+    peak = torch.cuda.max_memory_reserved()
+    expected = weights(stock)
+    lines = [line["loss"] for line in stock.state.log_history if "loss" in line]
+    del stock
+    torch.cuda.empty_cache()
+    ours = made(AutoFitTrainer, model, tmp_path)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((held + 0.6 * (peak - held)) / total)
+    try:
+        ours.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert any(event["event"] == "oom" and "CUDA out of memory" in event["message"] for event in ours.recovery.events)
+    assert farthest(expected, weights(ours), start) < 1e-3
+    found = [line["loss"] for line in ours.state.log_history if "loss" in line]
+    assert found == pytest.approx(lines, rel=1e-4)
+    assert ours.state.global_step == 2
