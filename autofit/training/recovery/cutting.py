@@ -62,14 +62,9 @@ def weight_of(part: Any, batch: Any, kind: LossKind, shifted: bool) -> float:
     return 1.0
 
 
-def finer(batches: Sequence[Any], pieces: Sequence[Piece], kind: LossKind, shifted: bool) -> int | None:
-    """The largest number of tokens, by halves, that cuts the batches into more pieces; None where nothing does."""
-    most = max(piece.tokens for piece in pieces)
-    while most > 1:
-        most //= 2
-        if len(cut(batches, most, kind, shifted)) > len(pieces):
-            return most
-    return None
+def finer(piece: Piece, kind: LossKind) -> int | None:
+    """How many tokens a piece that does not fit may have next; None where it is one row, or cannot be cut."""
+    return None if kind is LossKind.WHOLE or not can_be_cut(piece.batch) else piece.tokens // 2
 
 
 def measure_kind(batch: Any, loss_of: Callable[[Any], float], shifted: bool, tolerance: float) -> LossKind:

@@ -123,11 +123,14 @@ class RecoveringTrainer(RecoveringEvaluation):
         same_again, recompute = True, False
         while True:
             pieces = cut(batches, self._most_tokens, self._kind or LossKind.WHOLE, self._shifted)
+            losses: list[torch.Tensor] = []
             with Watch() as watch:
-                losses = self._attempt(model, pieces, items, recompute)
+                self._attempt(model, pieces, items, recompute, losses)
             if watch.fault is None:
                 self._grow_back(batches, quiet=same_again and not recompute)
                 return losses
+            failed = pieces[min(len(losses), len(pieces) - 1)]
+            del losses
             model.zero_grad()  # accelerate's optimizer.zero_grad does nothing within a step
             free_memory()
             before.restore()
@@ -137,7 +140,7 @@ class RecoveringTrainer(RecoveringEvaluation):
                 continue
             if self._kind is None:
                 self._kind = self._measured_kind(model, batches, items, before)
-            most = finer(batches, pieces, self._kind, self._shifted)
+            most = finer(failed, self._kind)
             if most is not None:
                 self._most_tokens = most
                 self._note(watch.fault, pieces, f"cut into pieces of at most {most} tokens")
@@ -146,16 +149,17 @@ class RecoveringTrainer(RecoveringEvaluation):
                 self._note(watch.fault, pieces, "recomputes activations in this step")
             else:
                 self._note(watch.fault, pieces, "gave up")
-                raise OutOfBudget(self._why(pieces, watch.fault))
+                raise OutOfBudget(self._why(failed, watch.fault))
 
-    def _attempt(self, model: nn.Module, pieces: Sequence[Piece], items: Any, recompute: bool) -> list[torch.Tensor]:
-        losses = []
+    def _attempt(
+        self, model: nn.Module, pieces: Sequence[Piece], items: Any, recompute: bool, losses: list[torch.Tensor]
+    ) -> None:
+        """Adds to `losses` that of each piece as it is through."""
         with recomputing(model) if recompute else contextlib.nullcontext():
             for piece in pieces:
                 with self._weighted(piece.weight):
                     loss = super().training_step(model, piece.batch, items)  # type: ignore[misc]
                 losses.append(loss if piece.weight == 1.0 else loss * piece.weight)
-        return losses
 
     @contextlib.contextmanager
     def _weighted(self, weight: float) -> Iterator[None]:
@@ -227,12 +231,11 @@ class RecoveringTrainer(RecoveringEvaluation):
         about = {"step": step, "pieces": len(pieces), "largest_tokens": largest}
         self.recovery.add("oom", phase="step", message=fault, did=did, **about)
 
-    def _why(self, pieces: Sequence[Piece], fault: str) -> str:
-        largest = max(piece.tokens for piece in pieces)
+    def _why(self, failed: Piece, fault: str) -> str:
         if self._kind is LossKind.WHOLE:
             what = "the loss takes all rows of a micro-batch together, so it cannot be cut"
         else:
-            what = f"a single row of {largest} tokens is too much"
+            what = f"a single row of {failed.tokens} tokens is too much"
         return f"step {self.state.global_step + 1} does not fit: {what}; {fault}"  # type: ignore[attr-defined]
 
 

@@ -113,17 +113,17 @@ def test_a_cut_keeps_every_row_once(most):
     assert cut(batches, most, LossKind.WHOLE, shifted=True)[0].batch is batches[0]
 
 
-def test_finer_is_the_next_cut_and_then_none():
-    batches, most, counts = [pad(examples()[:4])], None, []
-    while True:
+def test_what_does_not_fit_is_halved_until_it_is_one_row():
+    batches = [pad(examples()[:4])]
+    (piece,) = cut(batches, None, LossKind.SUM, shifted=True)
+    counts = []
+    while (most := finer(piece, LossKind.SUM)) is not None:
         pieces = cut(batches, most, LossKind.SUM, shifted=True)
         counts.append(len(pieces))
-        most = finer(batches, pieces, LossKind.SUM, shifted=True)
-        if most is None:
-            break
-    assert counts[0] == 1
-    assert counts == sorted(set(counts))
-    assert counts[-1] == 4
+        piece = max(pieces, key=lambda p: p.tokens)
+    assert counts == sorted(counts)
+    assert finer(cut(batches, None, LossKind.WHOLE, shifted=True)[0], LossKind.WHOLE) is None
+    assert piece.batch["input_ids"].shape == (1, 30)
 
 
 def test_equal_rows_are_made_unequal_to_tell_the_kinds_apart():
