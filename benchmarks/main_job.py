@@ -59,9 +59,9 @@ def main() -> None:
             print(line, end="", flush=True)
             lines.append(line.rstrip("\n"))
         result = {
-            "command": " ".join(command).replace(scratch, "SCRATCH"),
+            "command": _anywhere(" ".join(command), scratch),
             "exit_code": process.wait(),
-            "output": [line.replace(scratch, "SCRATCH") for line in lines],
+            "output": [_anywhere(line, scratch) for line in lines],
             "environment": _read(run / "env.json"),
             "plan": _read(run / "plan.json"),
             "events": [json.loads(line) for line in _lines(run / "events.jsonl")],
@@ -71,6 +71,11 @@ def main() -> None:
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.exit(result["exit_code"])
+
+
+def _anywhere(text: str, scratch: str) -> str:
+    """The text without this machine's folders."""
+    return text.replace(scratch, "SCRATCH").replace(f"{Path(__file__).resolve().parent.parent}/", "")
 
 
 def _read(file: Path) -> object:
