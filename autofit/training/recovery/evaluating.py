@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from autofit.errors import OutOfBudget
+from autofit.training.recovery.cutting import LossKind, measure_kind, weight_of
 from autofit.training.recovery.faults import Record, Watch, free_memory
-from autofit.training.recovery.rows import can_be_cut, count_rows, take, trained_items
+from autofit.training.recovery.rows import can_be_cut, count_rows, take_whole
 from autofit.training.recovery.undo import Snapshot
 
 _PASSES = 3
@@ -20,6 +21,7 @@ class RecoveringEvaluation:
 
     recovery: Record
     _eval_rows: int | None = None
+    _eval_kind: LossKind | None = None
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -37,15 +39,42 @@ class RecoveringEvaluation:
             with Watch() as watch:
                 if most >= rows or not can_be_cut(inputs):
                     return stock(model, inputs, prediction_loss_only, ignore_keys)
-                parts = [take_rows(inputs, start, min(start + most, rows)) for start in range(0, rows, most)]
+                parts = [take_whole(inputs, start, min(start + most, rows)) for start in range(0, rows, most)]
                 answers = [stock(model, part, prediction_loss_only, ignore_keys) for part in parts]
-                return _joined(answers, parts)
+                loss = None if answers[0][0] is None else self._eval_loss(model, inputs, parts, [a[0] for a in answers])
+                return loss, *(_concatenated([answer[i] for answer in answers]) for i in (1, 2))
             free_memory()
             before.restore()
             self.recovery.add("oom", phase="eval", message=watch.fault, did=f"fewer than {most} rows at a time")
             if most <= 1 or not can_be_cut(inputs):
                 raise OutOfBudget(f"evaluation does not fit, with {most} rows at a time: {watch.fault}")
             self._eval_rows = most // 2
+
+    def _eval_loss(self, model: nn.Module, inputs: Any, parts: list[Any], losses: list[torch.Tensor]) -> torch.Tensor:
+        """The loss of a batch from those of its parts; what kind of loss it is was measured."""
+        if self._eval_kind is None:
+            before, stock = Snapshot(self, model), super().prediction_step  # type: ignore[misc]
+            tolerance = self._tolerance(model)
+            self._eval_kind = measure_kind(
+                inputs, lambda rows: float(stock(model, rows, True)[0]), self._shifted, tolerance
+            )
+            before.restore()
+        if self._eval_kind is LossKind.WHOLE:
+            raise OutOfBudget("evaluation does not fit and cannot be cut: its loss takes all rows of a batch together")
+        weights = [weight_of(part, inputs, self._eval_kind, self._shifted) for part in parts]
+        return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+
+    @property
+    def _shifted(self) -> bool:
+        """Whether the first label of a row is predicted by nothing."""
+        return bool(getattr(self, "_loss_shifts_labels", True))
+
+    def _tolerance(self, model: nn.Module) -> float:
+        """What rounding may do to a loss, relative."""
+        trainer: Any = self
+        exact = not (trainer.args.bf16 or trainer.args.fp16)
+        exact = exact and all(p.dtype is torch.float32 for p in model.parameters() if p.is_floating_point())
+        return 1e-5 if exact else 3e-3
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loop; where what piles up between its steps does not fit, again, with results moved to the host.
@@ -67,28 +96,6 @@ class RecoveringEvaluation:
         finally:
             trainer.args.eval_accumulation_steps = steps
         raise OutOfBudget(f"evaluation does not fit, tried {_PASSES} times: {watch.fault}")
-
-
-def take_rows(batch: Any, start: int, end: int) -> Any:
-    """Rows start…end−1 as they are, padding included: predictions of all parts must have one shape."""
-    rows = list(range(start, end))
-    part = take(batch, rows)
-    whole = {
-        name: value[start:end] if torch.is_tensor(value) and value.dim() else part[name]
-        for name, value in batch.items()
-    }
-    return type(batch)(whole)
-
-
-def _joined(answers: list[Any], parts: list[Any]) -> Any:
-    """(loss, logits, labels) of all parts; the loss as a mean weighted by trained tokens."""
-    items = [trained_items(part, shifted=True) for part in parts]
-    counts = [count if count is not None else count_rows(part) for count, part in zip(items, parts, strict=True)]
-    losses = [answer[0] for answer in answers]
-    loss = None
-    if losses[0] is not None:
-        loss = sum(one * (count / max(1, sum(counts))) for one, count in zip(losses, counts, strict=True))
-    return loss, _concatenated([a[1] for a in answers]), _concatenated([a[2] for a in answers])
 
 
 def _concatenated(values: list[Any]) -> Any:

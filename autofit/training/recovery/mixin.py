@@ -17,8 +17,8 @@ from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, retried
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.recomputing import keeps_some, recomputing
-from autofit.training.recovery.refusals import check_supported
-from autofit.training.recovery.rows import can_be_cut
+from autofit.training.recovery.refusals import check_arguments, check_trainer
+from autofit.training.recovery.rows import can_be_cut, count_rows
 from autofit.training.recovery.undo import Snapshot
 
 
@@ -44,10 +44,10 @@ class RecoveringTrainer(RecoveringEvaluation):
     """
 
     def __init__(self, *args: Any, gpu_mem: str | None = None, **kwargs: Any) -> None:
-        check_supported(type(self), args, kwargs)
+        check_arguments(type(self), kwargs)
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        check_supported(type(self), (), {}, trainer)
+        check_trainer(trainer)
         self.recovery = Record(trainer.args.output_dir)
         self._cap = None if gpu_mem is None else Cap(gpu_mem, trainer.model, trainer.args.device)
         self._window: _Window | None = None
@@ -87,10 +87,20 @@ class RecoveringTrainer(RecoveringEvaluation):
         return batches, items
 
     def _get_num_items_in_batch(self, *args: Any) -> Any:
-        return retried(self.recovery, "fetch", lambda: super(RecoveringTrainer, self)._get_num_items_in_batch(*args))  # type: ignore[misc]
+        stock = super()._get_num_items_in_batch  # type: ignore[misc]
+        return retried(self.recovery, "fetch", lambda: stock(*args))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return retried(self.recovery, "clipping", lambda: super(RecoveringTrainer, self)._clip_grad_norm(model))  # type: ignore[misc]
+        stock = super()._clip_grad_norm  # type: ignore[misc]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        untouched = [gradient._version for gradient in gradients]
+
+        def clip() -> Any:
+            if [gradient._version for gradient in gradients] != untouched:
+                raise OutOfBudget("clipping ran out of memory half way: again it would clip twice")
+            return stock(model)
+
+        return retried(self.recovery, "clipping", clip)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         stock = super()._get_grad_norm  # type: ignore[misc]
@@ -140,7 +150,7 @@ class RecoveringTrainer(RecoveringEvaluation):
                 continue
             if self._kind is None:
                 self._kind = self._measured_kind(model, batches, items, before)
-            most = finer(failed, self._kind)
+            most = None if self._kind is None else finer(failed, self._kind)
             if most is not None:
                 self._most_tokens = most
                 self._note(watch.fault, pieces, f"cut into pieces of at most {most} tokens")
@@ -187,13 +197,12 @@ class RecoveringTrainer(RecoveringEvaluation):
 
     # Smaller pieces, and larger ones again
 
-    @property
-    def _shifted(self) -> bool:
-        return bool(getattr(self, "_loss_shifts_labels", True))
-
-    def _measured_kind(self, model: nn.Module, batches: Sequence[Any], items: Any, before: Snapshot) -> LossKind:
+    def _measured_kind(self, model: nn.Module, batches: Sequence[Any], items: Any, before: Snapshot) -> LossKind | None:
+        """None where nothing says: no batch of this step can be cut, or measuring did not fit either."""
         batch = next((batch for batch in batches if can_be_cut(batch)), None)
-        if batch is None or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        if batch is None:
+            return None
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
             return LossKind.WHOLE
         trainer: Any = self
 
@@ -201,17 +210,17 @@ class RecoveringTrainer(RecoveringEvaluation):
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 return float(trainer.compute_loss(model, trainer._prepare_inputs(rows), num_items_in_batch=items))
 
-        exact = not (trainer.args.bf16 or trainer.args.fp16) and model_dtype(model) is torch.float32
-        kind = LossKind.WHOLE
+        kind: LossKind | None = None
         training = model.training
         model.eval()  # no dropout: the comparison is of the loss alone
         try:
             with Watch():
-                kind = measure_kind(batch, loss_of, self._shifted, 1e-5 if exact else 3e-3)
+                kind = measure_kind(batch, loss_of, self._shifted, self._tolerance(model))
         finally:
             model.train(training)
         before.restore()
-        self.recovery.add("loss", kind=kind.value)
+        if kind is not None:
+            self.recovery.add("loss", kind=kind.value)
         return kind
 
     def _grow_back(self, batches: Sequence[Any], quiet: bool) -> None:
@@ -234,12 +243,8 @@ class RecoveringTrainer(RecoveringEvaluation):
     def _why(self, failed: Piece, fault: str) -> str:
         if self._kind is LossKind.WHOLE:
             what = "the loss takes all rows of a micro-batch together, so it cannot be cut"
+        elif count_rows(failed.batch) > 1:
+            what = f"{failed.tokens} tokens are too many, and cannot be cut: how the loss takes rows was not to be measured"
         else:
             what = f"a single row of {failed.tokens} tokens is too much"
         return f"step {self.state.global_step + 1} does not fit: {what}; {fault}"  # type: ignore[attr-defined]
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """The least exact floating type among a model's parameters."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return min(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)

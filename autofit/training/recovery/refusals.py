@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from autofit.errors import UsageError
@@ -18,17 +18,23 @@ _RENAMED = {
 _STEPS_IN_BACKWARD = ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise")
 
 
-def check_supported(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any], trainer: Any = None) -> None:
-    """Looks at what a trainer is constructed with, or (with `trainer`) at what has been constructed.
+def check_arguments(cls: type, kwargs: Mapping[str, Any]) -> None:
+    """Looks at what a trainer is about to be constructed with.
 
     Raises:
-        UsageError: what is not covered, and what to do instead.
+        UsageError: an argument that has another name now.
     """
     for name, now in _RENAMED.items():
         if name in kwargs:
             raise UsageError(f"{cls.__name__}: argument {name} has become {now}")
-    if trainer is None:
-        return
+
+
+def check_trainer(trainer: Any) -> None:
+    """Looks at a trainer that has been constructed.
+
+    Raises:
+        UsageError: what recovery does not cover, and what to do instead.
+    """
     arguments = trainer.args
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     devices = {str(device) for device in (getattr(trainer.model, "hf_device_map", None) or {}).values()}
@@ -44,10 +50,11 @@ def check_supported(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any], t
     }
     for what, (found, instead) in refused.items():
         if found:
-            raise UsageError(f"{cls.__name__} does not cover {what}: {instead}")
+            raise UsageError(f"{type(trainer).__name__} does not cover {what}: {instead}")
 
 
 def _is_unsloth(model: Any) -> bool:
-    return any(type(module).__module__.startswith("unsloth") for module in model.modules()) or hasattr(
-        model, "_unsloth_forward_prefetch_config"
-    )
+    """Unsloth puts forwards of its own into transformers' classes."""
+    kinds = {type(module) for module in model.modules()}
+    homes = [home for kind in kinds for home in (kind.__module__, getattr(kind.forward, "__module__", None))]
+    return any(home is not None and home.startswith("unsloth") for home in homes)

@@ -41,12 +41,20 @@ def take(batch: Any, rows: Sequence[int]) -> Any:
         else [value[i] for i in rows]
         for name, value in batch.items()
     }
-    width, longest = _width(batch), max(row_lengths(batch)[i] for i in rows)
+    lengths = row_lengths(batch)
+    width, longest = _width(batch), max(lengths[i] for i in rows)
     if width is not None and longest < width:
         for name, value in part.items():
             if torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == width:
                 part[name] = value[:, :longest].contiguous()
     return type(batch)(part)
+
+
+def take_whole(batch: Any, start: int, end: int) -> Any:
+    """Rows start…end−1 as they are, padding included."""
+    count = count_rows(batch)
+    values = {name: value[start:end] if _is_by_row(value, count) else value for name, value in batch.items()}
+    return type(batch)(values)
 
 
 def row_lengths(batch: Any) -> list[int]:

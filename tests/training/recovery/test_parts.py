@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaAttention
 from trl import SFTConfig, SFTTrainer
 
 from autofit.errors import OutOfBudget, UsageError
@@ -247,3 +248,51 @@ def test_trl_s_trainer_recovers_too(tiny_llama, tmp_path):
         tokens = [[log.get("num_tokens") for log in t.state.log_history] for t in (stock, ours)]
         assert tokens[0] == tokens[1]
         assert len(ours.recovery.events) == 1
+
+
+def test_the_loss_of_evaluation_is_put_together_as_what_it_is(made):
+    def mean_over_rows(outputs, labels, num_items_in_batch=None):
+        logits = outputs.logits[:, :-1].float().transpose(1, 2)
+        token = nn.functional.cross_entropy(logits, labels[:, 1:], ignore_index=-100, reduction="none")
+        return (token.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+    def all_together(outputs, labels, num_items_in_batch=None):
+        states = outputs.logits.float().mean(1)
+        return (states @ states.T).logsumexp(1).mean()
+
+    given = {"per_device_eval_batch_size": 6, "compute_loss_func": mean_over_rows}
+    expected = made(Trainer, **given).evaluate(examples()[:6])
+    ours = made(AutoFitTrainer, **given)
+    ours._eval_rows = 2
+    assert ours.evaluate(examples()[:6])["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    ours = made(AutoFitTrainer, **{**given, "compute_loss_func": all_together})
+    ours._eval_rows = 2
+    with pytest.raises(OutOfBudget, match="takes all rows of a batch together"):
+        ours.evaluate(examples()[:6])
+
+
+def test_what_was_half_clipped_is_not_clipped_again(made, monkeypatch):
+    def clip(self, model):
+        next(p for p in model.parameters() if p.grad is not None).grad.mul_(0.5)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", clip)
+    with pytest.raises(OutOfBudget, match="clip twice"):
+        made(AutoFitTrainer).train()
+
+
+def test_a_model_patched_by_unsloth_is_refused(made, monkeypatch):
+    def forward(self, *args, **kwargs):
+        raise NotImplementedError
+
+    forward.__module__ = "unsloth.models.llama"
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    with pytest.raises(UsageError, match="patched by Unsloth: load it with transformers"):
+        made(AutoFitTrainer)
+
+
+def test_a_step_that_cannot_be_cut_says_nothing_about_later_ones(made):
+    ours = made(AutoFitTrainer, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1)
+    with FailingAllocations({100, 160}):
+        ours.train()
+    assert ours._kind is None
