@@ -244,7 +244,7 @@ class RecoveringTrainer(RecoveringEvaluation):
         if self._kind is LossKind.WHOLE:
             what = "the loss takes all rows of a micro-batch together, so it cannot be cut"
         elif count_rows(failed.batch) > 1:
-            what = f"{failed.tokens} tokens are too many, and cannot be cut: how the loss takes rows was not to be measured"
+            what = f"{failed.tokens} tokens are too many and cannot be cut: its loss could not be measured"
         else:
             what = f"a single row of {failed.tokens} tokens is too much"
         return f"step {self.state.global_step + 1} does not fit: {what}; {fault}"  # type: ignore[attr-defined]
