@@ -59,6 +59,7 @@ class Case(BaseModel):
     optimizer: str = "adamw_torch"
     loss: Literal["chunked", "full"] = "chunked"
     kernels: str = "stock"
+    layout: Literal["padded", "packed"] = "padded"
     step: Literal["autofit", "sft", "trainer"] = "autofit"
 
     @field_validator("card")

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autofit.space.facts import DeviceFacts
+from autofit.space.facts import DeviceFacts, has_narrow_flash
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def cuda_kernel(
         return "cudnn"
     square = not causal or query.shape[2] == key.shape[2]
     if halves and capability >= (8, 0) and mask is None and square and head == value_head == key.shape[-1] <= 256:
-        widest = 192 if _narrow(capability) and query.requires_grad else 256
+        widest = 192 if has_narrow_flash(capability) and query.requires_grad else 256
         if head <= widest or (dropout == 0 and head > 224):
             return "flash"
     aligned = 8 if query.dtype in HALVES and capability[0] >= 7 else 4 if capability[0] >= 8 else 1
@@ -59,15 +59,10 @@ def cuda_kernel(
     return "math"
 
 
-def _narrow(capability: tuple[int, int]) -> bool:
-    """Whether flash attention's backward kernels stop at heads of 192, for want of shared memory."""
-    return capability in ((8, 6), (8, 9)) or capability[0] == 12
-
-
 def rules_of(capability: tuple[int, int]) -> Hashable:
     """What of a compute capability decides: for two with equal rules `cuda_kernel` says the same."""
     major = capability[0]
-    return min(major, 7), major >= 8, major in (9, 10), _narrow(capability)
+    return min(major, 7), major >= 8, major in (9, 10), has_narrow_flash(capability)
 
 
 def _cudnn_fits(head: int, value_head: int, keys: int, dropout: float, query: torch.Tensor) -> bool:

@@ -23,18 +23,22 @@ from autofit.memory.growth import (
     constant,
     template_for_length,
     template_for_lengths,
+    template_for_packed,
 )
 from autofit.memory.roofline import Growing
 from autofit.memory.splice import Unspliceable
 from autofit.memory.trace import FREED, STATIC, Trace
 from autofit.space.candidate import Candidate
 from autofit.space.cards import card_of
+from autofit.space.cut import BLOCK_TOKENS, whole_blocks
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config
 
 # Rows × length of the micro-batch whose replay tells how much the allocator takes beyond tensors.
 _MIDDLING_TOKENS = 8192
+# Blocks of a packed row from which on hardly a tensor is too small to be offloaded.
+_SOME_BLOCKS = 16
 
 _Question = tuple[list[Candidate], ModelSource, DeviceFacts, Calibration | None]
 
@@ -95,9 +99,19 @@ def _families(candidates: Sequence[Candidate], source: ModelSource) -> list[list
     config = load_config(source).to_dict()
     families = []
     for indices in groups.values():
+        if candidates[indices[0]].layout == "packed":
+            families.append(indices)
+            continue
         for lengths in alike_lengths(config, [candidates[i].max_seq_length for i in indices]):
             families.append([i for i in indices if candidates[i].max_seq_length in lengths])
     return families
+
+
+def _shape(candidate: Candidate) -> tuple[int, int]:
+    """Rows and length of its costliest micro-batch; of a packed one, its blocks and what is in each."""
+    if candidate.layout == "packed":
+        return max(candidate.token_budget, whole_blocks(candidate.max_seq_length)) // BLOCK_TOKENS, BLOCK_TOKENS
+    return candidate.micro_batch_size, candidate.max_seq_length
 
 
 def _layers_traced(candidate: Candidate) -> int:
@@ -118,13 +132,17 @@ def _derive(
     members: list[Candidate], source: ModelSource, device: DeviceFacts, calibration: Calibration | None
 ) -> list[Estimate | UsageError] | None:
     """Estimates from one trace of a prime number of rows; None where that does not do for these candidates."""
-    if any(m.token_budget != m.micro_batch_size * m.max_seq_length for m in members):
+    packed = members[0].layout == "packed"
+    if not packed and any(m.token_budget != m.micro_batch_size * m.max_seq_length for m in members):
         return None
-    lengths = sorted({member.max_seq_length for member in members})
+    lengths = sorted({_shape(member)[1] for member in members})
     config = load_config(source).to_dict()
     # What offloading all leaves where it is depends on its size.
     any_length = None if members[0].offload_activations == "all" else template_for_lengths(config, lengths)
-    for template in filter(None, (any_length, template_for_length(config, lengths))):
+    templates = (any_length, template_for_length(config, lengths))
+    if packed:
+        templates = (template_for_packed(config, max(m.max_seq_length for m in members)), None)
+    for template in filter(None, templates):
         try:
             family = _Family.of(members[0], template, lengths, source, device, calibration)
         except UsageError:
@@ -156,7 +174,7 @@ def _least_rows(
     if key not in _checked:
         growth = _growth_of_events(trace)
         _checked[key] = None
-        for rows in (1, 2):
+        for rows in (2, _SOME_BLOCKS) if member.layout == "packed" else (1, 2):
             real = traced_as(member, Template(rows, length, None), source, device).trace
             if real.keys == trace.keys and _sizes(growth, trace, rows, length) == real.sizes:
                 _checked[key] = rows
@@ -261,7 +279,7 @@ class _Family:
 
     def estimate(self, member: Candidate) -> Estimate | None:
         """A member's estimate; None where it is none."""
-        rows, length = member.micro_batch_size, member.max_seq_length
+        rows, length = _shape(member)
         if rows < self.least_rows:
             return None
         peak, at = self.peak(rows, length)

@@ -75,8 +75,14 @@ def traced_as(candidate: Candidate, template: Template, source: ModelSource, dev
     Raises:
         UsageError: as `estimate` does.
     """
+    tokens = template.rows * template.length
     grown = candidate.replace(tokens_per_micro_batch=None)
-    grown = grown.replace(micro_batch_size=template.rows, max_seq_length=template.length)
+    if candidate.layout == "packed":
+        longest = min(candidate.max_seq_length, tokens)
+        grown = grown.replace(micro_batch_size=-(-tokens // longest), max_seq_length=longest)
+        grown = grown.replace(tokens_per_micro_batch=tokens)
+    else:
+        grown = grown.replace(micro_batch_size=template.rows, max_seq_length=template.length)
     with _named(source):
         return trace_candidate(grown, source, device, template=template)
 

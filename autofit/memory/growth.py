@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from autofit.space.cut import BLOCK_TOKENS
+
 _PRIMES = (23, 29, 31, 37, 41, 43, 47, 53, 59)
 _SMALL_PRIMES = (7, 11, 13, 17, 19)
+_LARGE_PRIMES = (1021, 2063, 4099, 8209, 16411, 32771)
 # Kernels and recurrent layers round lengths up to divisors of this.
 LENGTH_UNIT = 256
 # TRL's tiles of logits have at most so many rows of tokens.
@@ -131,6 +134,18 @@ def template_for_lengths(config: Any, lengths: Sequence[int]) -> Template | None
         if alike and primes[0] not in beside and all(p > 9 and _divides_none(p, sizes) for p in beside):
             return Template(primes[0], length, prime)
     return None
+
+
+def template_for_packed(config: Any, longest: int) -> Template | None:
+    """A template for any number of blocks of a packed row, which are its rows; None where no prime is left.
+
+    Args:
+        config: the model's, as a dict.
+        longest: tokens of the longest sequence, which has to have room in it.
+    """
+    sizes = list(_integers(config))
+    primes = (p for p in _LARGE_PRIMES if p * BLOCK_TOKENS >= longest and _divides_none(p, sizes))
+    return next((Template(p, BLOCK_TOKENS, None) for p in primes), None)
 
 
 def alike_lengths(config: Any, lengths: Sequence[int]) -> list[list[int]]:

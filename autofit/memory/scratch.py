@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import varlen as _varlen  # noqa: F401  (registers its operations)
 
 aten = torch.ops.aten
 Scratch = Callable[[tuple[Any, ...], dict[str, Any]], list[int]]
@@ -36,6 +37,16 @@ def _flash_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     head = query.shape[3]
     rounded = -(-head // 32) * 32 if head <= 192 else 256
     return [accumulated // head * rounded, sums, *expanded]
+
+
+def _varlen_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """As flash attention's, for [tokens, heads, head size]; each sequence counts as 128 tokens more."""
+    query, key, sequences = args[1], args[2], args[6].numel() - 1
+    tokens, heads, head = query.shape
+    rounded = -(-head // 32) * 32 if head <= 192 else 256
+    each = (tokens + 128 * sequences) * heads * 4
+    expanded = heads * key.shape[0] * head * query.element_size()
+    return [each, each * rounded, *([expanded, expanded] if heads != key.shape[1] else [])]
 
 
 def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -85,6 +96,7 @@ SCRATCH: dict[Any, Scratch] = {
     aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
     aten._softmax_backward_data.default: _softmax_backward,
     aten.sort.default: _sort,
     aten._grouped_mm.default: _grouped_mm,

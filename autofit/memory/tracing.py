@@ -19,7 +19,6 @@ from autofit.memory.values import Values
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
-from autofit.step.batch import MicroBatch
 from autofit.step.configs import load_config
 from autofit.step.model import checkpointable_layers, checkpointing_flags, empty_base, with_placeholders
 from autofit.step.policy import resolve_policy
@@ -141,7 +140,7 @@ class _Run:
             off.enter_context(_no_modes())
             batches = costliest_batches(self.candidate, vocabulary)
         if self.on_cpu:
-            batches = [MicroBatch(*(t.to("meta") for t in batch.tensors)) for batch in batches]
+            batches = [batch.to("meta") for batch in batches]
         self.tracer.built(self._statics())
         rehearsal = Rehearsal(self.step, self.candidate)
         self.step.report = self._enter

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch.nn.attention import varlen as _varlen  # noqa: F401  (registers its operations)
 
 aten = torch.ops.aten
 
@@ -67,6 +68,16 @@ def _attention(forward: float, first: int) -> Any:
     return flops
 
 
+def _varlen_attention(forward: float, first: int, longest: int) -> Any:
+    """As above, for [tokens, heads, head size], as if sequences were half as long as the longest."""
+
+    def flops(args: Any) -> float:
+        tokens, heads, head = args[first].shape
+        return forward * heads * tokens * args[longest] / 2 * 2 * head
+
+    return flops
+
+
 def _convolution(args: Any) -> float:
     return 2.0 * args[0].numel() * math.prod(args[1].shape[1:]) * args[1].shape[0] / max(args[0].shape[1], 1)
 
@@ -87,6 +98,8 @@ _PRODUCTS: dict[Any, Any] = {
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
     aten.convolution.default: _convolution,
+    torch.ops.torch_attn._varlen_attn.default: _varlen_attention(1.0, 0, 5),
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_attention(2.5, 1, 8),
     aten._scaled_dot_product_flash_attention.default: _attention(1.0, 0),
     aten._scaled_dot_product_cudnn_attention.default: _attention(1.0, 0),
     aten._scaled_dot_product_efficient_attention.default: _attention(1.0, 0),

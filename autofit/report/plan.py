@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from autofit.report.words import candidate_words, one_given_up
+from autofit.report.words import candidate_words, one_given_up, size_words
 from autofit.search.plan import Estimated, Plan, lossy_given_up
 from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
@@ -102,7 +102,7 @@ def _fitting_table(plan: Plan) -> Table:
     for estimated in plan.shortlist(_ROWS):
         c = estimated.candidate
         table.add_row(
-            f"{c.micro_batch_size} × {c.max_seq_length:,}",
+            size_words(c),
             str(c.checkpointed_layers) if c.checkpointed_layers else "–",
             c.offload_activations if c.offload_activations != "none" else "–",
             c.optimizer,

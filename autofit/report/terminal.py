@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
-from autofit.report.words import candidate_words, loss_words, one_given_up
+from autofit.report.words import candidate_words, loss_words, one_given_up, tokens_words
 from autofit.search.fit_report import FitReport
 from autofit.search.outcome import TrialEvent
 from autofit.space.units import format_bytes
@@ -92,6 +92,7 @@ class Terminal:
             f"peak {format_bytes(training['device_bytes'])} (worst case {format_bytes(worst or 0)}) "
             f"of {format_bytes(report.budget.total_bytes)}"
         )
+        self.console.print(f"         {tokens_words(training)}")
         if training.get("recovered"):
             times = f"{training['recovered']} time{'s' if training['recovered'] > 1 else ''}"
             self.console.print(f"         out of memory {times}, without a trace in the result: see events.jsonl")

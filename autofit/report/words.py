@@ -20,8 +20,7 @@ _NAMES = {
 
 def candidate_words(candidate: Candidate) -> str:
     """`16 × 1,600 tokens, 4 layers checkpointed, 4 bits, rank 16`: what is at its plainest is left unsaid."""
-    rows, length = candidate.micro_batch_size, candidate.max_seq_length
-    parts = [f"{rows} × {length:,} tokens"]
+    parts = [f"{size_words(candidate)} tokens"]
     if candidate.checkpointed_layers:
         parts.append(f"{candidate.checkpointed_layers} layers checkpointed")
     if candidate.offload_activations != "none":
@@ -34,6 +33,12 @@ def candidate_words(candidate: Candidate) -> str:
     return ", ".join(parts)
 
 
+def size_words(candidate: Candidate) -> str:
+    """`16 × 1,600`, or of a packed row `packed 4,096 (2 × 2,048)`."""
+    size = f"{candidate.micro_batch_size} × {candidate.max_seq_length:,}"
+    return f"packed {candidate.token_budget:,} ({size})" if candidate.layout == "packed" else size
+
+
 def given_up_words(report: FitReport) -> list[str]:
     """One line for each knob that was stepped down: from, to, and what it costs."""
     return [one_given_up(given) for given in report.given_up]
@@ -43,6 +48,13 @@ def loss_words(training: dict[str, Any]) -> str:
     """`loss 5.52 → 3.61`, of a training's result; nothing where no step was logged."""
     first, last = training["first_loss"], training["last_loss"]
     return f"loss {first:.3f} → {last:.3f}" if first is not None and last is not None else "no loss logged"
+
+
+def tokens_words(training: dict[str, Any]) -> str:
+    """`120,300 tokens, 2.1 % of padding with them`, of a training's result."""
+    real, run = training["tokens"], training["padded_tokens"]
+    padding = f"{1 - real / run:.1%} of what ran was padding" if run > real else "no padding"
+    return f"{real:,} tokens, {padding}"
 
 
 def one_given_up(given: GivenUp) -> str:

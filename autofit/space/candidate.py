@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from autofit.space.cut import whole_blocks
+
 QUANTIZATION_BITS = (16, 8, 4)
 OFFLOADING = ("none", "checkpoints", "all")
 LOSSES = ("chunked", "full")
 STEPS = ("autofit", "sft", "trainer")
 STOCK_LOSSES = {"sft": "chunked", "trainer": "full"}
+LAYOUTS = ("padded", "packed")
 DTYPES = ("bfloat16", "float16", "float32")
 OPTIMIZERS = ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit")
 
@@ -31,6 +34,7 @@ class Candidate:
         quantization_bits: of the base weights; 16 means not quantized (then `dtype` is their type).
         double_quant: whether the statistics of 4-bit weights are quantized too.
         lora_targets: module names, or ("all-linear",).
+        layout: of a micro-batch: "padded" rows, or one "packed" row of `token_budget` tokens.
         dtype: of base weights that are not quantized, and what products are computed in.
         accumulates: whether an optimizer step takes more than one micro-batch (kept gradients raise the peak).
         step: whose step runs: "autofit", or "sft" (TRL's SFTTrainer) or "trainer" (transformers' Trainer) as they come.
@@ -70,7 +74,7 @@ class Candidate:
             ("loss", LOSSES),
             ("dtype", DTYPES),
             ("optimizer", OPTIMIZERS),
-            ("layout", ("padded",)),
+            ("layout", LAYOUTS),
             ("kernels", ("stock",)),
             ("step", STEPS),
         ):
@@ -88,11 +92,17 @@ class Candidate:
             raise ValueError(f"tokens_per_micro_batch must be micro_batch_size × max_seq_length with step {self.step}")
         if self.step == "trainer" and self.offload_activations == "all":
             raise ValueError("offload_activations must be none or checkpoints with step trainer; all is TRL's")
+        if self.step != "autofit" and self.layout == "packed":
+            raise ValueError(f"layout must be padded with step {self.step}")
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
 
     @property
     def token_budget(self) -> int:
-        """Padded tokens (rows × longest) that a micro-batch may hold."""
+        """Tokens that a micro-batch may hold: padded ones (rows × longest), or those of a packed row."""
+        return whole_blocks(self._asked_tokens) if self.layout == "packed" else self._asked_tokens
+
+    @property
+    def _asked_tokens(self) -> int:
         return self.tokens_per_micro_batch or self.micro_batch_size * self.max_seq_length
 
     def replace(self, **changes: Any) -> Candidate:
@@ -110,7 +120,7 @@ class Candidate:
         return {
             **asdict(self),
             "lora_targets": list(self.lora_targets),
-            "tokens_per_micro_batch": self.token_budget,
+            "tokens_per_micro_batch": self._asked_tokens,
         }
 
     @classmethod

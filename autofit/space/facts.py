@@ -26,7 +26,8 @@ class ModelFacts(_Facts):
     `weight_bytes_16bit` are the base weights at two bytes each; `download_bytes` what fetching them takes (0 where
     they are on disk or random); `quantized_bits` is set where the checkpoint is already quantized;
     `checkpointable_layers` counts the layers that transformers can checkpoint (0 where it cannot);
-    `chunked_loss` says whether the chunked loss can be right for it.
+    `chunked_loss` says whether the chunked loss can be right for it; `packed_head_size` is the size of its attention
+    heads where sequences can share a row, else None.
     """
 
     architecture: str
@@ -36,6 +37,7 @@ class ModelFacts(_Facts):
     max_positions: int | None
     attention: str = "sdpa"
     chunked_loss: bool = True
+    packed_head_size: int | None = None
     quantized_bits: int | None = None
     download_bytes: int = 0
 
@@ -75,3 +77,14 @@ class DeviceFacts(_Facts):
     def bf16(self) -> bool:
         """Whether matrix products in bfloat16 run at full speed (compute capability ≥ 8.0)."""
         return self.compute_capability is not None and self.compute_capability >= (8, 0)
+
+    @property
+    def widest_varlen_head(self) -> int:
+        """The largest head size whose variable-length flash attention can be trained; 0 where there is none."""
+        capability = self.compute_capability
+        return 0 if capability is None or capability < (8, 0) else 192 if has_narrow_flash(capability) else 256
+
+
+def has_narrow_flash(capability: tuple[int, int]) -> bool:
+    """Whether flash attention's backward kernels stop at heads of 192, for want of shared memory."""
+    return capability in ((8, 6), (8, 9)) or capability[0] == 12

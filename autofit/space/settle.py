@@ -39,6 +39,8 @@ def settle(
         values["loss"] = "full"
         notes.append(f"loss full: {model.architecture} does not make its logits in one product")
     _check_device(values, device)
+    if values.get("layout") == "packed":
+        _check_packing(values["dtype"], model, device)
     try:
         return Candidate(**values), tuple(notes)
     except ValueError as error:
@@ -75,6 +77,14 @@ def _layers(asked: int | str, model: ModelFacts, notes: list[str]) -> int:
     if asked > layers:
         raise UsageError(f"checkpointed_layers {asked}: the model has {layers} layers that can be checkpointed")
     return asked
+
+
+def _check_packing(dtype: str, model: ModelFacts, device: DeviceFacts) -> None:
+    size = model.packed_head_size
+    if size is None:
+        raise UsageError(f"layout packed: the attention of {model.architecture} cannot keep sequences apart in a row")
+    if device.type != "cpu" and (dtype == "float32" or size > device.widest_varlen_head):
+        raise UsageError(f"layout packed: {device.name} has no such attention for {dtype} and heads of {size}")
 
 
 def _check_device(values: Mapping[str, Any], device: DeviceFacts) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from autofit.errors import UsageError
 from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
-from autofit.space.facts import DataFacts, ModelFacts
+from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.units import format_bytes
 
 
@@ -21,6 +21,7 @@ def make_wish(
     global_batch_size: int,
     asked: Mapping[str, Any],
     pins: Collection[str] = (),
+    layout: str = "padded",
 ) -> Candidate:
     """The wish for a model, data and budget. `asked` are a candidate's fields that the user set.
 
@@ -35,6 +36,7 @@ def make_wish(
     positions = model.max_positions or data.longest
     values.setdefault("dtype", dtype)
     values["attention"] = model.attention
+    values["layout"] = layout
     if not model.chunked_loss:
         values["loss"] = "full"
     values.setdefault("max_seq_length", positions)
@@ -67,6 +69,13 @@ def make_wish(
         return Candidate(**{k: v for k, v in values.items() if k in {f.name for f in fields(Candidate)}})
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def choose_layout(model: ModelFacts, data: DataFacts, device: DeviceFacts, dtype: str) -> str:
+    """Packed where sequences differ in length, and the device's attention can keep them apart in one row."""
+    if len(set(data.lengths)) < 2 or dtype == "float32":
+        return "padded"
+    return "packed" if 0 < (model.packed_head_size or 0) <= device.widest_varlen_head else "padded"
 
 
 def check_pins(wish: Candidate, pins: frozenset[str], model: ModelFacts, budget: MemoryBudget) -> None:

@@ -15,6 +15,7 @@ from autofit.step.configs import load_config, quantized_bits
 from autofit.step.data_access import is_hub_id, one_line
 from autofit.step.loss import supports_chunked_loss
 from autofit.step.model import checkpointable_layers, empty_base
+from autofit.step.packing import packed_head_size
 
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
@@ -46,6 +47,7 @@ def inspect_model(source: ModelSource) -> ModelFacts:
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
         attention=attention,
         chunked_loss=supports_chunked_loss(base),
+        packed_head_size=packed_head_size(base),
         quantized_bits=quantized_bits(config, source.model),
         download_bytes=0 if source.random_weights or _is_here(source.model) else 2 * parameters,
     )

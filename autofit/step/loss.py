@@ -20,7 +20,7 @@ VOCABULARY_CHUNK = 8192
 
 def full_loss(model: PeftModel, batch: MicroBatch) -> torch.Tensor:
     """Summed cross-entropy from all logits at once (rows × length × vocabulary, in float32)."""
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    logits = model(**_inputs(batch)).logits
     picked = logits.flatten(0, 1).index_select(0, batch.positions)
     return F.cross_entropy(picked.float(), batch.targets, reduction="sum")
 
@@ -28,7 +28,7 @@ def full_loss(model: PeftModel, batch: MicroBatch) -> torch.Tensor:
 def chunked_loss(model: PeftModel, batch: MicroBatch) -> torch.Tensor:
     """The same sum without ever holding all logits: TRL's kernel, tile by tile, recomputed in backward."""
     base: Any = model.get_base_model()
-    hidden = _body(base)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = _body(base)(**_inputs(batch)).last_hidden_state
     picked = hidden.flatten(0, 1).index_select(0, batch.positions)
     vocabulary = getattr(base.config.get_text_config(), "unpadded_vocab_size", None)
     weight, bias = _head(base.get_output_embeddings(), vocabulary)
@@ -36,6 +36,11 @@ def chunked_loss(model: PeftModel, batch: MicroBatch) -> torch.Tensor:
     chunk = min(VOCABULARY_CHUNK, weight.shape[0])  # the kernel's tiles have this width whatever there is to fill
     log_probs = ChunkedLogProbFunction.apply(picked, weight, bias, batch.targets, 1.0, chunk, softcap, scale, ())[0]
     return -log_probs.sum()
+
+
+def _inputs(batch: MicroBatch) -> dict[str, Any]:
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    return inputs if batch.packing is None else {**inputs, "position_ids": batch.packing.position_ids}
 
 
 LOSSES: dict[str, Loss] = {"chunked": chunked_loss, "full": full_loss}

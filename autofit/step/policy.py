@@ -8,6 +8,9 @@ from autofit.errors import UsageError
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DeviceFacts
 
+# transformers' name of packed attention (`step.packing`). It has no entry among transformers' masks: none are made.
+PACKED_ATTENTION = "autofit_packed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepPolicy:
@@ -57,7 +60,7 @@ def resolve_policy(candidate: Candidate, device: DeviceFacts) -> StepPolicy:
         device=device.type,
         weight_dtype=candidate.dtype,
         autocast_dtype=autocast,
-        attention=candidate.attention,
+        attention=PACKED_ATTENTION if candidate.layout == "packed" else candidate.attention,
         fused_optimizer=not on_cpu,
         loss_scaling=autocast == "float16",
     )

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, masking_utils
 
 from autofit.space.candidate import Candidate
 from autofit.space.source import ModelSource
-from autofit.step.batch import MicroBatch, full_rows, worst_micro_batches
+from autofit.step.batch import MicroBatch, full_rows, worst_micro_batches, worst_packed
 from autofit.step.loss import LOSSES, Loss
 from autofit.step.model import build_model, offload_context
+from autofit.step.packing import packed_as
 from autofit.step.policy import StepPolicy
 from autofit.step.recipes import (
     MAX_GRAD_NORM,
@@ -58,7 +59,7 @@ class Step:
         `normalizer` is the trained tokens of the whole global batch, so that the cuts sum to the uncut loss.
         """
         batch = batch.to(self.policy.device)
-        with self.offload:
+        with self.offload, packed_as(batch.packing):
             self.report("forward")
             with self._forward():
                 loss = self.loss(self.model, batch) / max(normalizer, 1)
@@ -68,8 +69,9 @@ class Step:
 
     def evaluate(self, batch: MicroBatch) -> torch.Tensor:
         """The summed loss of one micro-batch, without gradients, on the device."""
-        with torch.no_grad(), self._forward():
-            return self.loss(self.model, batch.to(self.policy.device))
+        batch = batch.to(self.policy.device)
+        with torch.no_grad(), packed_as(batch.packing), self._forward():
+            return self.loss(self.model, batch)
 
     def accumulate(self, batches: Iterable[MicroBatch], normalizer: int) -> torch.Tensor:
         """The gradients of a whole global batch; returns its mean loss per trained token, on the device."""
@@ -197,4 +199,6 @@ def costliest_batches(candidate: Candidate, vocabulary: int) -> list[MicroBatch]
     """The micro-batches that a trial of the candidate runs, costliest first where there are several."""
     if candidate.step != "autofit":
         return [full_rows(candidate.micro_batch_size, candidate.max_seq_length, vocabulary)]
+    if candidate.layout == "packed":
+        return [worst_packed(candidate.token_budget, candidate.max_seq_length, vocabulary)]
     return worst_micro_batches(candidate.token_budget, candidate.max_seq_length, vocabulary)

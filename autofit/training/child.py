@@ -77,6 +77,8 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
         "steps": steps,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
+        "tokens": record.total("tokens"),
+        "padded_tokens": record.total("padded_tokens"),
         "peak_allocated_bytes": peaks.allocated_bytes,
         "peak_reserved_bytes": peaks.reserved_bytes,
         "device_bytes": peaks.device_bytes,
@@ -123,6 +125,10 @@ class RunRecord(TrainerCallback):
     def losses(self) -> list[float]:
         """The loss of every step on record, those before a resume included."""
         return [line["loss"] for line in self._lines() if "loss" in line]
+
+    def total(self, name: str) -> int:
+        """The sum of a figure over all steps on record, those before a resume included."""
+        return sum(line.get(name, 0) for line in self._lines())
 
     def forget_after(self, step: int) -> None:
         """Drops what a process that was killed had recorded beyond the checkpoint that the run goes on from."""

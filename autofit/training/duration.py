@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from autofit.space.candidate import Candidate
-from autofit.space.cut import padded_tokens
+from autofit.space.cut import run_tokens
 
 _SAMPLED_BATCHES = 200
 
@@ -26,7 +26,7 @@ def estimated_seconds(
     clipped = [min(length, candidate.max_seq_length) for length in lengths]
     rows = min(global_batch_size, len(clipped))
     batches = [draw.sample(clipped, rows) for _ in range(_SAMPLED_BATCHES)]
-    mean = sum(padded_tokens(batch, candidate.token_budget) for batch in batches) / len(batches)
+    mean = sum(run_tokens(batch, candidate.token_budget, candidate.layout) for batch in batches) / len(batches)
     return steps * mean / tokens_per_second
 
 

@@ -16,7 +16,7 @@ from autofit.space.candidate import Candidate
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.ladder import Limits
 from autofit.space.source import ModelSource
-from autofit.space.wish import check_pins, make_wish
+from autofit.space.wish import check_pins, choose_layout, make_wish
 from autofit.step.policy import default_dtype, resolve_policy
 from autofit.training.request import Schedule
 from autofit.training.workspace import environment
@@ -55,7 +55,10 @@ def search_space(config: RunConfig, prepared: Prepared) -> tuple[SearchSpace, Me
     device = prepared.device
     budget = make_budget(config.gpu_mem, device)
     dtype = config.dtype or default_dtype(device)
-    wish = make_wish(prepared.model, prepared.data, budget, dtype, config.global_batch_size, config.asked, config.pin)
+    layout = choose_layout(prepared.model, prepared.data, device, dtype)
+    wish = make_wish(
+        prepared.model, prepared.data, budget, dtype, config.global_batch_size, config.asked, config.pin, layout
+    )
     resolve_policy(wish, device)
     _check_start(wish, config, device)
     check_pins(wish, frozenset(config.pin), prepared.model, budget)

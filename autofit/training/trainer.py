@@ -53,6 +53,7 @@ class StepTrainer(Trainer):
         self.pad_token_id = pad_token_id
         self._token_budget = self._eval_budget = candidate.token_budget
         self._quiet = 0
+        self._tokens = {"tokens": 0, "padded_tokens": 0}
         self.recovery = Record(args.output_dir)
         super().__init__(model=step.model, args=args, data_collator=collate_global_batch, **kwargs)
         if self.optimizer is not None:
@@ -76,7 +77,7 @@ class StepTrainer(Trainer):
         same_again, recompute = True, False
         while True:
             with Watch() as watch, recomputing(model) if recompute else contextlib.nullcontext():
-                batches = micro_batches(examples, self._token_budget, self.pad_token_id)
+                batches = list(micro_batches(examples, self._token_budget, self.pad_token_id, self.candidate.layout))
                 loss = self.step.accumulate(batches, trained_tokens(examples))
             if watch.fault is None:
                 break
@@ -96,6 +97,8 @@ class StepTrainer(Trainer):
                     f"activations recomputed, is too much; {watch.fault}"
                 )
             self.recovery.add("oom", phase="step", step=self.state.global_step, message=watch.fault, did=did)
+        self._tokens["tokens"] += sum(len(example["input_ids"]) for example in examples)
+        self._tokens["padded_tokens"] += sum(batch.padded_tokens for batch in batches)
         self._grow_back(quiet=same_again)
         self.step.before_optimizer(self.optimizer.optimizer)  # type: ignore[union-attr]  # accelerate wraps it
         return loss
@@ -124,7 +127,7 @@ class StepTrainer(Trainer):
         longest = max(len(example["input_ids"]) for example in examples)
         while True:
             with Watch() as watch:
-                batches = micro_batches(examples, self._eval_budget, self.pad_token_id)
+                batches = micro_batches(examples, self._eval_budget, self.pad_token_id, self.candidate.layout)
                 loss = torch.stack([self.step.evaluate(batch) for batch in batches]).sum()
                 return loss / max(1, trained_tokens(examples)), None, None
             free_memory()
@@ -134,7 +137,7 @@ class StepTrainer(Trainer):
             self._eval_budget = max(longest, self._eval_budget // 2)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as the Trainer does.
+        """Logs as the Trainer does; of a step also its tokens, without and with padding.
 
         Raises:
             NonFiniteLoss: the loss or the gradients' norm is NaN or infinite. Every step is logged before anything is
@@ -144,6 +147,9 @@ class StepTrainer(Trainer):
             value = logs.get(name)
             if value is not None and not math.isfinite(value):
                 raise NonFiniteLoss(f"the {what} became {value} at step {self.state.global_step}")
+        if "grad_norm" in logs:
+            logs = {**logs, **self._tokens}
+            self._tokens = dict.fromkeys(self._tokens, 0)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:

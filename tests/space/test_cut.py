@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autofit.space.cut import OVERHEAD_TOKENS, cut, padded_tokens
+from autofit.space.cut import OVERHEAD_TOKENS, cut, most_sequences, pack, padded_tokens
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -50,3 +50,31 @@ def test_unequal_lengths_are_not_padded_to_the_longest():
     lengths = [2000] + [100] * 15
     assert padded_tokens(lengths, 16 * 2000) == 2000 + 15 * 100
     assert len(cut([100] * 16, 16 * 100)) == 1
+
+
+@given(lengths, st.integers(1, 2000))
+def test_packed_rows_hold_every_sequence_once_and_no_more_than_their_tokens_and_their_number(lengths, budget):
+    rows = pack(lengths, budget)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    for row in rows:
+        assert len(row) == 1 or sum(lengths[i] for i in row) <= budget
+        assert len(row) <= most_sequences(budget)
+
+
+@given(st.lists(st.integers(100, 2048), min_size=1, max_size=64), st.sampled_from([2048, 4096, 8192]))
+def test_there_are_hardly_more_packed_rows_than_the_tokens_need(lengths, budget):
+    needed = max(-(-sum(lengths) // budget), -(-len(lengths) // most_sequences(budget)))
+    assert needed <= len(pack(lengths, budget)) <= 1.5 * needed + 1
+
+
+def test_packed_rows_are_about_equal():
+    lengths = [300 + 7 * k for k in range(60)]
+    sizes = [sum(lengths[i] for i in row) for row in pack(lengths, 8192)]
+    assert len(sizes) == -(-sum(lengths) // 8192)
+    assert max(sizes) - min(sizes) <= 720
+
+
+def test_packed_rows_are_filled_where_equal_ones_would_not_do():
+    # To the emptiest row first: 500 + 300, 500 + 300, 400 + 400, and no room for the last 300.
+    rows = pack([500, 500, 400, 400, 300, 300, 300], 900)
+    assert sorted(sorted(row) for row in rows) == [[0, 2], [1, 3], [4, 5, 6]]
