@@ -42,10 +42,21 @@ def run_autofit(cap: str, folder: Path) -> dict[str, Any]:
         for length in lengths():  # a byte is a token, and the end is one
             text = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=length - 1))
             file.write(json.dumps({"text": text}) + "\n")
+    config = folder / "run.yaml"
+    config.write_text(f"global_batch_size: {GLOBAL_BATCH}\neval_fraction: 0.0\n")
     command = [
-        *("run", "--model", "llama-3-8b", "--random-weights", "--data", str(folder / "data.jsonl"), "--gpu-mem", cap),
-        *("--max-steps", str(STEPS), "--output-dir", str(folder / "run"), "--global-batch-size", str(GLOBAL_BATCH)),
-        *("--eval-fraction", "0"),
+        *(
+            "run",
+            str(config),
+            "--model",
+            "llama-3-8b",
+            "--random-weights",
+            "--data",
+            str(folder / "data.jsonl"),
+            "--gpu-mem",
+            cap,
+        ),
+        *("--max-steps", str(STEPS), "--output-dir", str(folder / "run")),
     ]
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-m", "autofit", *command], check=True)
