@@ -41,7 +41,9 @@ def test_the_gradient_is_as_near_to_float32s_as_the_padded_ones(tiny_source):
 
 
 def test_in_float32_it_is_the_padded_ones(tiny_source):
-    exact, packed = (gradients(tiny_source, PADDED.replace(dtype="float32", layout=l)) for l in ("padded", "packed"))
+    exact, packed = (
+        gradients(tiny_source, PADDED.replace(dtype="float32", layout=layout)) for layout in ("padded", "packed")
+    )
     assert (packed - exact).norm() <= 1e-5 * exact.norm()
 
 
