@@ -68,12 +68,13 @@ def _attention(forward: float, first: int) -> Any:
     return flops
 
 
-def _varlen_attention(forward: float, first: int, longest: int) -> Any:
+def _varlen_attention(forward: float, first: int) -> Any:
     """As above, for [tokens, heads, head size], as if sequences were half as long as the longest."""
 
     def flops(args: Any) -> float:
         tokens, heads, head = args[first].shape
-        return forward * heads * tokens * args[longest] / 2 * 2 * head
+        longest = next(arg for arg in args if type(arg) is int)
+        return forward * heads * tokens * longest * head
 
     return flops
 
@@ -98,8 +99,8 @@ _PRODUCTS: dict[Any, Any] = {
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
     aten.convolution.default: _convolution,
-    torch.ops.torch_attn._varlen_attn.default: _varlen_attention(1.0, 0, 5),
-    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_attention(2.5, 1, 8),
+    torch.ops.torch_attn._varlen_attn.default: _varlen_attention(1.0, 0),
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_attention(2.5, 1),
     aten._scaled_dot_product_flash_attention.default: _attention(1.0, 0),
     aten._scaled_dot_product_cudnn_attention.default: _attention(1.0, 0),
     aten._scaled_dot_product_efficient_attention.default: _attention(1.0, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autofit.step.policy import PACKED_ATTENTION
 
+# Newer releases of torch want to be told that heads may share keys and values.
+_GROUPS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
@@ -123,7 +126,6 @@ def packed_attention(
     packing = _running[-1]
     longest = max(packing.lengths)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    grouped = query.shape[1] != key.shape[1]
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     out = varlen_attn(
         query,
@@ -135,7 +137,7 @@ def packed_attention(
         longest,
         scale=scaling,
         window_size=window,
-        enable_gqa=grouped,
+        **_GROUPS,
     )
     assert isinstance(out, torch.Tensor)
     return out[None], None
