@@ -4,7 +4,7 @@
 
 Llama-3-8B in 4 bits, random weights, rank 16 on all linears, global batch 64, log-normal lengths (median 300, at most
 2,048 tokens), the same sequences for both. TRL runs with all layers checkpointed and 4, 8 and 16 rows on the device;
-its best counts. Seconds are those of whole optimizer steps after the first two.
+its best counts. Seconds are those of whole optimizer steps after the first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from autofit.space.units import parse_bytes
 
-GLOBAL_BATCH, STEPS, WARM = 64, 8, 2
+GLOBAL_BATCH, STEPS, WARM = 64, 4, 1
 ROWS = (4, 8, 16)
 LONGEST, MEDIAN, SIGMA = 2048, 300, 1.0
 

@@ -60,14 +60,19 @@ def _undoable(
 ) -> bool:
     """The step of these parameters, all of it; or none of it, and False."""
     kept: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any] | None]] = []
+    versions = [p._version for p in moving]
     with Watch() as watch:
-        for p in moving:
+        for p in [] if _takes_nothing(optimizer, moving) else moving:
             state = optimizer.state.get(p)
-            kept.append((p, p.detach().clone(), None if state is None else _copy(state)))
+            # Before there are states, on the host: on the device the states would be put around a hole.
+            values = p.detach().to("cpu", copy=True) if state is None else p.detach().clone()
+            kept.append((p, values, None if state is None else _copy(state)))
     if watch.fault is None:
         with Watch() as watch:
             genuine()
             return True
+        if not kept and [p._version for p in moving] != versions:
+            raise OutOfBudget("optimizer.step ran out of memory half way")
         for p, values, state in kept:
             p.data.copy_(values)
             if state is None:
@@ -78,6 +83,12 @@ def _undoable(
     free_memory()
     record.add("oom", phase="optimizer", message=watch.fault, did=did)
     return False
+
+
+def _takes_nothing(optimizer: Optimizer, moving: Sequence[torch.Tensor]) -> bool:
+    """Whether a step allocates nothing that could fail half way: torch's fused one, once its states are there."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and all(optimizer.state.get(p) for p in moving)
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
 from tests.training.recovery.conftest import FailingAllocations, examples, pad, same, weights
 
 
-def optimizer_and_model():
+def optimizer_and_model(**options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
     record = Record(None)
     return model, optimizer, record
 
@@ -35,8 +35,8 @@ def gradients(model, seed):
         parameter.grad = torch.randn(parameter.shape, generator=draw)
 
 
-def stepped(fail=(), steps=3, wrap=True):
-    model, optimizer, record = optimizer_and_model()
+def stepped(fail=(), steps=3, wrap=True, **options):
+    model, optimizer, record = optimizer_and_model(**options)
     if wrap:
         all_or_nothing(optimizer, record)
     counter = FailingAllocations(fail)
@@ -47,15 +47,20 @@ def stepped(fail=(), steps=3, wrap=True):
     return {n: p.detach().clone() for n, p in model.named_parameters()}, record, counter.count
 
 
-def test_an_optimizer_s_step_is_all_or_nothing_at_each_allocation():
-    expected, _, _ = stepped(wrap=False)
-    _, record, count = stepped()
+@pytest.mark.parametrize(("options", "at_least"), [({}, 30), ({"fused": True}, 6)], ids=["plain", "fused"])
+def test_an_optimizer_s_step_is_all_or_nothing_at_each_allocation(options, at_least):
+    expected, _, _ = stepped(wrap=False, **options)
+    _, record, count = stepped(**options)
     assert record.events == []
-    assert count >= 30
+    assert count >= at_least
     for number in range(count):
-        found, record, _ = stepped({number})
+        found, record, _ = stepped({number}, **options)
         assert same(expected, found), number
         assert len(record.events) == 1
+
+
+def test_a_fused_step_needs_no_copies_once_it_has_states():
+    assert stepped(fail=(), steps=3, fused=True)[2] == stepped(fail=(), steps=1, fused=True)[2]
 
 
 def test_an_optimizer_s_step_goes_parameter_by_parameter_where_there_is_no_room():
