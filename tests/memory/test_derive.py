@@ -97,6 +97,18 @@ def test_quantized_and_chunked_as_well(sources):
     check(of(base, (1, 512), (2, 2048), (1, 8192)), sources["llama"], H200)
 
 
+@pytest.mark.parametrize("offload", ["none", "all"])
+@pytest.mark.parametrize("device", [H200, CPU], ids=["h200", "cpu"])
+def test_packed_rows_of_any_size_share_one(sources, traces, device, offload):
+    base = BASE.replace(layout="packed", dtype="float32" if device is CPU else "bfloat16", loss="chunked")
+    if device is H200:
+        base = base.replace(quantization_bits=4, offload_activations=offload)
+    candidates = of(base, (1, 256), (4, 256), (3, 1937), (2, 2048), (1, 1024))
+    check(candidates, sources["llama"], device)
+    if device is H200 and offload == "none":
+        assert len(traces) <= 3 + len(candidates)
+
+
 @pytest.mark.parametrize("device", [H200, CPU], ids=["h200", "cpu"])
 def test_layers_that_loop_over_the_length_share_no_trace_between_lengths(sources, device):
     base = BASE.replace(dtype="float32" if device is CPU else "bfloat16")
