@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autofit.space.cut import cut as cut_rows
-from autofit.training.recovery.rows import IGNORED, can_be_cut, count_rows, row_lengths, take, trained_items
+from autofit.training.recovery.rows import IGNORED, can_be_cut, count_rows, row_lengths, take, together, trained_items
 
 
 class LossKind(StrEnum):
@@ -36,21 +36,32 @@ class Piece:
 
 
 def cut(batches: Sequence[Any], most_tokens: int | None, kind: LossKind, shifted: bool) -> list[Piece]:
-    """The batches in pieces of at most so many padded tokens (a single row may have more), in the batches' order.
+    """The batches in pieces of at most so many padded tokens; a single row may have more.
+
+    Where that changes no row's weight, the rows of all batches are one pool, sorted by length. Else each batch is cut.
 
     Args:
         most_tokens: None cuts nothing.
         shifted: see `rows.trained_items`.
     """
+    pool = together(batches) if most_tokens is not None and _is_one_pool(batches, kind) else None
+    times = len(batches) if pool is not None and kind is LossKind.ROW_MEAN else 1
     pieces: list[Piece] = []
-    for batch in batches:
+    for batch in batches if pool is None else [pool]:
         if most_tokens is None or kind is LossKind.WHOLE or not can_be_cut(batch):
             pieces.append(Piece(batch))
             continue
         groups = [sorted(group) for group in cut_rows(row_lengths(batch), most_tokens)]
         parts = [batch] if len(groups) == 1 else [take(batch, group) for group in groups]
-        pieces += [Piece(part, weight_of(part, batch, kind, shifted)) for part in parts]
+        pieces += [Piece(part, times * weight_of(part, batch, kind, shifted)) for part in parts]
     return pieces
+
+
+def _is_one_pool(batches: Sequence[Any], kind: LossKind) -> bool:
+    """Whether a row's weight is the same in whichever batch it is."""
+    if kind is LossKind.ROW_MEAN:
+        return len({count_rows(batch) for batch in batches}) == 1
+    return kind is LossKind.SUM and len(batches) > 1
 
 
 def weight_of(part: Any, batch: Any, kind: LossKind, shifted: bool) -> float:
@@ -101,7 +112,7 @@ def _unequal(batch: Any, shifted: bool) -> Any:
     second = next((row for row in order[1:] if items[row] != items[order[0]]), order[1])
     rows = take(batch, [order[0], second])
     labels = rows.get("labels")
-    if items[order[0]] == items[second] and torch.is_tensor(labels) and labels.dim() == 2:
+    if items[order[0]] == items[second] and torch.is_tensor(labels) and labels.dim() == 2 and len(labels) == 2:
         fewer = labels.clone()
         trained = (fewer[1] != IGNORED).nonzero().flatten()
         fewer[1, trained[len(trained) // 2 :]] = IGNORED

@@ -1,19 +1,37 @@
-"""A collated batch as rows that can be taken apart."""
+"""A collated batch as rows that can be taken apart, and several as one; sequences in one row are its rows, too."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 IGNORED = -100
-# Batches that hold several sequences in a row: what is a row there is not for us to say.
+# Bounds of sequences in a row that would have to be made anew.
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+# What a row is filled up with on its right.
+_FILLING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
 
 def count_rows(batch: Any) -> int:
     """Rows of a batch; 0 where it has no tensor with any."""
+    bounds = _bounds(batch)
+    return _first_dimension(batch) if bounds is None else len(bounds) - 1
+
+
+def _bounds(batch: Any) -> list[int] | None:
+    """Where each sequence of a padding-free row begins, and its end; None where rows are rows."""
+    places = batch.get("position_ids")
+    if not torch.is_tensor(places) or places.dim() != 2 or places.shape[0] != 1 or "attention_mask" in batch:
+        return None
+    starts = (places[0] == 0).nonzero().flatten().tolist()
+    return [*starts, places.shape[1]] if len(starts) > 1 and starts[0] == 0 else None
+
+
+def _first_dimension(batch: Any) -> int:
     named = [batch.get(name) for name in ("input_ids", "labels")]
     for value in (*named, *batch.values()):
         if torch.is_tensor(value) and value.dim():
@@ -26,11 +44,19 @@ def can_be_cut(batch: Any) -> bool:
     rows = count_rows(batch)
     if rows < 2 or any(name in batch for name in _PACKED):
         return False
+    if _bounds(batch) is not None:
+        places = batch["position_ids"].shape
+        return all(value.shape == places if torch.is_tensor(value) else not _is_many(value) for value in batch.values())
     return all(_is_by_row(value, rows) or not _is_many(value) for value in batch.values())
 
 
 def take(batch: Any, rows: Sequence[int]) -> Any:
     """These rows of a batch, in this order; right padding that all of them have is left away."""
+    bounds = _bounds(batch)
+    if bounds is not None:
+        places = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
+        parts = {k: v[:, places.to(v.device)] if torch.is_tensor(v) else v for k, v in batch.items()}
+        return type(batch)(parts)
     count = count_rows(batch)
     index = torch.tensor(rows)
     part = {
@@ -50,6 +76,31 @@ def take(batch: Any, rows: Sequence[int]) -> Any:
     return type(batch)(part)
 
 
+def together(batches: Sequence[Any]) -> Any | None:
+    """The rows of several batches as one; None where a row cannot move from one to another.
+
+    They can where all batches have values of the same shapes, or are right-padded tokens, mask and labels.
+    """
+    first = batches[0]
+    if any(set(batch) != set(first) or _bounds(batch) is not None for batch in batches):
+        return None
+    values = [(name, value, count_rows(batch)) for batch in batches for name, value in batch.items()]
+    if not all(torch.is_tensor(value) and _is_by_row(value, rows) for _, value, rows in values):
+        return None
+    if all(value.shape[1:] == first[name].shape[1:] for name, value, _ in values):
+        return type(first)({name: torch.cat([batch[name] for batch in batches]) for name in first})
+    widths = [_width(batch) for batch in batches]
+    if None in widths or not set(first) <= _FILLING.keys():
+        return None
+    widest = max(width for width in widths if width is not None)
+
+    def filled(name: str) -> torch.Tensor:
+        parts = (F.pad(b[name], (0, widest - b[name].shape[1]), value=_FILLING[name]) for b in batches)
+        return torch.cat(list(parts))
+
+    return type(first)({name: filled(name) for name in first})
+
+
 def take_whole(batch: Any, start: int, end: int) -> Any:
     """Rows start…end−1 as they are, padding included."""
     count = count_rows(batch)
@@ -59,6 +110,9 @@ def take_whole(batch: Any, start: int, end: int) -> Any:
 
 def row_lengths(batch: Any) -> list[int]:
     """Tokens of each row: less the right padding where there is a mask that says so, else the batch's width."""
+    bounds = _bounds(batch)
+    if bounds is not None:
+        return [end - begin for begin, end in itertools.pairwise(bounds)]
     if _width(batch) is not None:
         return batch["attention_mask"].sum(dim=1).tolist()
     ids = batch.get("input_ids")

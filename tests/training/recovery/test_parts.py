@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaAttention
 from trl import SFTConfig, SFTTrainer
 
@@ -16,7 +16,7 @@ from autofit.step.tokenizer import byte_tokenizer
 from autofit.training.recovery.cutting import LossKind, cut, finer, measure_kind
 from autofit.training.recovery.faults import Record, Watch, retried
 from autofit.training.recovery.optimizing import all_or_nothing
-from autofit.training.recovery.rows import can_be_cut, row_lengths, take, trained_items
+from autofit.training.recovery.rows import can_be_cut, row_lengths, take, together, trained_items
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
 from tests.training.recovery.conftest import FailingAllocations, examples, pad, same, weights
 
@@ -117,6 +117,47 @@ def test_a_cut_keeps_every_row_once(most):
     assert found == sorted(tuple(example["input_ids"]) for example in examples())
     assert all(piece.tokens <= max(most, 30) for piece in pieces)
     assert cut(batches, most, LossKind.WHOLE, shifted=True)[0].batch is batches[0]
+
+
+def test_all_micro_batches_of_a_step_are_one_pool_sorted_by_length():
+    batches = [pad(examples()[i : i + 4]) for i in (0, 4, 8, 12)]
+    apart = [piece for batch in batches for piece in cut([batch], 60, LossKind.SUM, shifted=True)]
+    pool = cut(batches, 60, LossKind.SUM, shifted=True)
+    assert sum(piece.tokens for piece in pool) < sum(piece.tokens for piece in apart)
+    longest = [max(row_lengths(piece.batch)) for piece in pool]
+    assert longest == sorted(longest, reverse=True)
+    assert {piece.weight for piece in pool} == {1.0}
+    single = [pad(examples()[i : i + 1]) for i in range(4)]
+    assert len(cut(single, 2000, LossKind.SUM, shifted=True)) == 1
+
+
+def test_means_over_rows_keep_each_row_s_weight_in_the_pool():
+    batches = [pad(examples()[i : i + 4]) for i in (0, 4)]
+    pieces = cut(batches, 60, LossKind.ROW_MEAN, shifted=True)
+    assert sum(piece.weight for piece in pieces) == pytest.approx(2.0)
+    assert all(piece.weight == pytest.approx(len(piece.batch["input_ids"]) / 4) for piece in pieces)
+    unequal = [pad(examples()[:4]), pad(examples()[4:6])]
+    assert sum(piece.weight for piece in cut(unequal, 60, LossKind.ROW_MEAN, shifted=True)) == pytest.approx(2.0)
+
+
+def test_what_cannot_move_between_batches_stays_where_it_is():
+    batches = [pad(examples()[:4]), pad(examples()[4:6])]
+    kinds = [{**batch, "token_type_ids": torch.zeros_like(batch["labels"])} for batch in batches]
+    assert together(batches)["labels"].shape == (6, 30)
+    assert together(kinds) is None
+    same = [{"pixel_values": torch.ones(2, 3, 4, 4), "labels": torch.ones(2)}] * 2
+    assert together(same)["pixel_values"].shape == (4, 3, 4, 4)
+    assert together([same[0], {**same[1], "flag": True}]) is None
+
+
+def test_sequences_of_a_padding_free_row_are_its_rows():
+    batch = DataCollatorWithFlattening()([{"input_ids": e["input_ids"]} for e in examples()[:4]])
+    assert row_lengths(batch) == [9, 30, 14, 22]
+    assert can_be_cut(batch)
+    part = take(batch, [2, 0])
+    assert part["position_ids"].tolist() == [[*range(14), *range(9)]]
+    assert part["input_ids"].tolist() == [examples()[2]["input_ids"] + examples()[0]["input_ids"]]
+    assert not can_be_cut({**batch, "cu_seq_lens_q": torch.tensor([0, 9, 39, 53, 75])})
 
 
 def test_what_does_not_fit_is_halved_until_it_is_one_row():

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from autofit.errors import OutOfBudget, UsageError
 from autofit.memory.ledger import Ledger
@@ -142,6 +142,18 @@ def test_a_loss_is_cut_as_what_it_is(made, loss, kind):
         return
     _, found = trained(ours, faults)
     assert [event.get("kind") for event in ours.recovery.events if event["event"] == "loss"] == [kind]
+    assert farthest(expected, found, start) < 1e-5
+
+
+def test_padding_free_batches_are_cut_between_sequences(made):
+    given = {"data_collator": DataCollatorWithFlattening()}
+    start, expected = trained(made(Trainer, **given))
+    counter = FailingAllocations()
+    trained(made(AutoFitTrainer, max_steps=1, **given), counter)
+    ours = made(AutoFitTrainer, **given)
+    first = counter.count // 3
+    _, found = trained(ours, FailingAllocations({first, first + counter.count // 4}))
+    assert any("cut into pieces" in event.get("did", "") for event in ours.recovery.events)
     assert farthest(expected, found, start) < 1e-5
 
 
