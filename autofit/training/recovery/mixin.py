@@ -92,7 +92,8 @@ class RecoveringTrainer(RecoveringEvaluation):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         stock = super()._clip_grad_norm  # type: ignore[misc]
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        groups = self.optimizer.param_groups  # type: ignore[attr-defined]  # sooner gone through than all modules
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         untouched = [gradient._version for gradient in gradients]
 
         def clip() -> Any:
