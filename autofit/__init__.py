@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autofit.errors import OutOfBudget
+    from autofit.training.fit import fit
     from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
 
 __version__ = "0.1.0"
-__all__ = ["AutoFitSFTTrainer", "AutoFitTrainer", "OutOfBudget", "__version__"]
+__all__ = ["AutoFitSFTTrainer", "AutoFitTrainer", "OutOfBudget", "__version__", "fit"]
 
 # Importing autofit must import nothing heavy: each name is fetched when it is asked for.
 _HOMES = {
     "AutoFitSFTTrainer": "autofit.training.recovery.trainers",
     "AutoFitTrainer": "autofit.training.recovery.trainers",
     "OutOfBudget": "autofit.errors",
+    "fit": "autofit.training.fit",
 }
 
 

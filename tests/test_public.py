@@ -9,7 +9,7 @@ import autofit
 
 
 def test_the_public_names():
-    assert autofit.__all__ == ["AutoFitSFTTrainer", "AutoFitTrainer", "OutOfBudget", "__version__"]
+    assert autofit.__all__ == ["AutoFitSFTTrainer", "AutoFitTrainer", "OutOfBudget", "__version__", "fit"]
     for name in autofit.__all__:
         assert getattr(autofit, name) is not None
     with pytest.raises(AttributeError, match="no attribute Trainer"):

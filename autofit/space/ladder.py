@@ -20,6 +20,8 @@ RUNGS = {
     "rank": "lora_rank",
 }
 DEFAULT_ORDER = tuple(RUNGS)
+# Of a stock trainer's layers every n-th may be checkpointed.
+_EVERY = (1, 2, 3, 4, 8)
 SHORTEST_SEQUENCE = 64
 LOWEST_RANK = 4
 MINIMA = {"micro_batch_size": 1, "max_seq_length": SHORTEST_SEQUENCE, "quantization_bits": 4, "lora_rank": LOWEST_RANK}
@@ -38,6 +40,7 @@ class Limits:
         pins: knobs that are never touched.
         minima: values that are never gone below, by knob (for `checkpointed_layers` it has no meaning).
         allow: the lossy knobs that may move.
+        stock: whether a stock trainer runs it: micro-batches of equal size, and every n-th layer checkpointed.
     """
 
     global_batch_size: int
@@ -48,6 +51,7 @@ class Limits:
     pins: frozenset[str] = frozenset()
     minima: Mapping[str, int] = field(default_factory=dict)
     allow: frozenset[str] = frozenset(LOSSY)
+    stock: bool = False
 
 
 def parse_order(text: str) -> tuple[str, ...]:
@@ -79,10 +83,13 @@ def knob_values(knob: str, wish: Candidate, limits: Limits) -> list[int | str]:
 def _steps_down(knob: str, wish: Candidate, limits: Limits) -> list[int | str]:
     if knob == "micro_batch_size":
         # Only what changes how many micro-batches a global batch takes.
-        rows = {-(-limits.global_batch_size // k) for k in range(1, limits.global_batch_size + 1)}
+        batch = limits.global_batch_size
+        rows = {-(-batch // k) for k in range(1, batch + 1) if not limits.stock or batch % k == 0}
         return sorted((r for r in rows if r < wish.micro_batch_size), reverse=True)
     if knob == "checkpointed_layers":
         layers = limits.checkpointable_layers
+        if limits.stock:
+            return sorted({-(-layers // every) for every in _EVERY if layers} - {0, wish.checkpointed_layers})
         return [n for n in sorted({layers // 4, layers // 2, 3 * layers // 4, layers}) if n > wish.checkpointed_layers]
     if knob == "optimizer":
         paged = {"adamw_torch": "paged_adamw_32bit", "adamw_8bit": "paged_adamw_8bit"}

@@ -130,7 +130,7 @@ def _rows(wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[int]:
 def _layers(wish: Candidate, limits: Limits, order: tuple[str, ...]) -> list[int | str]:
     """Eighths of the layers, where the ladder goes by quarters: estimates are cheap."""
     quarters = _values("checkpointed_layers", wish, limits, order)
-    if len(quarters) == 1:
+    if len(quarters) == 1 or limits.stock:
         return quarters
     eighths = {limits.checkpointable_layers * k // 8 for k in range(1, 9)}
     return [wish.checkpointed_layers, *sorted(n for n in eighths if n > wish.checkpointed_layers)]

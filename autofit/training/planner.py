@@ -57,7 +57,7 @@ def plan_run(config: RunConfig, sandbox: Sandbox, folder: Path, say: Callable[[s
         raise UsageError("nothing to plan: give --model, a folder, a hub id or a name like llama-3-8b")
     say("reading the model" if config.data is None else "reading model and data")
     request = {"model": config.model, "data": config.data, "trust_remote_code": config.trust_remote_code}
-    found = _ask(sandbox, "autofit.training.survey:run_survey", request, folder)
+    found = ask(sandbox, "autofit.training.survey:run_survey", request, folder)
     prepared = _prepared(config, found)
     space, budget = search_space(config, prepared)
     notes = (*prepared.notes, *starts_lower(config, prepared, space.wish))
@@ -75,7 +75,7 @@ def plan_run(config: RunConfig, sandbox: Sandbox, folder: Path, say: Callable[[s
         own_dtype=config.dtype is None,
         calibration=None if calibration is None else vars(calibration),
     )
-    answer = _ask(sandbox, "autofit.memory.planning:run_plan", asked.to_json(), folder)
+    answer = ask(sandbox, "autofit.memory.planning:run_plan", asked.to_json(), folder)
     plan = make_plan(space.wish, budget, prepared.device, answer)
     return Planned(
         prepared=prepared, space=space, plan=plan, notes=(*notes, *unread), assumed_length=config.data is None
@@ -111,7 +111,7 @@ def _assumed(config: RunConfig, model: ModelFacts) -> DataFacts:
     return DataFacts(num_examples=count, longest=length, lengths=(length,) * count, trained_tokens=(length,) * count)
 
 
-def _ask(sandbox: Sandbox, entry: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def ask(sandbox: Sandbox, entry: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Runs a job that must succeed; returns what it returned."""
     job = Job(entry=entry, request=request, folder=folder, deadline_seconds=None, env=child_environment())
     outcome = sandbox.run(job)

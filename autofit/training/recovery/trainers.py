@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import Trainer
-from trl import SFTTrainer
+from typing import Any
 
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+
+from autofit.errors import UsageError
+from autofit.training.fit import fit
 from autofit.training.recovery.mixin import RecoveringTrainer
 
 
@@ -20,4 +24,25 @@ class AutoFitTrainer(RecoveringTrainer, Trainer):
 
 
 class AutoFitSFTTrainer(RecoveringTrainer, SFTTrainer):
-    """`trl.SFTTrainer` with the same; see `AutoFitTrainer`."""
+    """`trl.SFTTrainer` with the same; see `AutoFitTrainer`.
+
+    Where the model is a name and `gpu_mem` is given, it first finds out with which arguments the run fits (`fit`).
+
+    Raises:
+        NothingFits, UsageError: also as `fit` does.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, gpu_mem: str | None = None, **kwargs: Any):
+        if isinstance(model, str) and gpu_mem is not None:
+            args = SFTConfig(output_dir=f"{model.rpartition('/')[2]}-SFT") if args is None else args
+            if kwargs.get("peft_config") is None or kwargs.get("train_dataset") is None:
+                raise UsageError("AutoFitSFTTrainer: a model by name with gpu_mem needs peft_config and train_dataset")
+            found = fit(
+                model,
+                train_dataset=kwargs["train_dataset"],
+                args=args,
+                peft_config=kwargs["peft_config"],
+                gpu_mem=gpu_mem,
+            )
+            model, args, kwargs["peft_config"] = found.load_model(), found.args, found.peft_config
+        super().__init__(model, args, *rest, gpu_mem=gpu_mem, **kwargs)
