@@ -1,6 +1,8 @@
 """The full training loop runs the one step, on the model as it was built, and its result does not depend on the cut."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from autofit.step.policy import resolve_policy
 from autofit.step.step import build_step
 from autofit.training.arguments import training_arguments
 from autofit.training.child import RunRecord, _run
+from autofit.training.recovery.stopping import Stopped
 from autofit.training.request import Schedule
 from autofit.training.trainer import NonFiniteLoss, StepTrainer
 from autofit.trial.phases import PhaseReport
@@ -141,13 +144,19 @@ def test_evaluation_is_the_mean_loss_of_the_same_step(tiny_source, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-5)
 
 
+def signal_once(made, step):
+    if made.state.global_step == step and made._stop.number is None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_stop_saves_at_the_next_step_and_the_rest_of_the_run_is_the_same(tiny_source, tmp_path):
     undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
     undisturbed.train()
 
-    stopped, record = trainer(tiny_source, tmp_path / "stopped")
-    stopped.step.report = lambda phase: record.stop() if stopped.state.global_step == 1 else None
-    stopped.train()
+    stopped, _ = trainer(tiny_source, tmp_path / "stopped")
+    stopped.step.report = lambda phase: signal_once(stopped, 1)
+    with pytest.raises(Stopped):
+        stopped.train()
     assert stopped.state.global_step == 2
 
     resumed, _ = trainer(tiny_source, tmp_path / "stopped")
@@ -203,7 +212,7 @@ def test_a_torn_checkpoint_is_passed_over_and_its_steps_are_taken_again(tiny_sou
     undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
     undisturbed.train()
     killed, record = trainer(tiny_source, tmp_path / "killed", save_steps=1)
-    killed.step.report = lambda phase: record.stop() if killed.state.global_step == 2 else None
+    killed.step.report = lambda phase: signal_once(killed, 2)
     assert _run(killed, record, tmp_path / "killed") == (3, False)
     (tmp_path / "killed" / "checkpoint-3" / "trainer_state.json").write_text('{"torn')
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
