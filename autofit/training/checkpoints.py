@@ -4,7 +4,8 @@ A checkpoint is a folder `checkpoint-<step>` with the stock Trainer's files. Our
 and hash of every file, and what the saver says about it. Nothing here unpickles anything.
 
 Beside the checkpoints there may be `_saving` (one that is being written, or was when the process ended),
-`_replaced-checkpoint-<step>` (for the moment in which another takes its name) and `_broken-checkpoint-<step>`.
+`_replaced-checkpoint-<step>` (for the moment in which another takes its name), `_removed-checkpoint-<step>` (for the
+moment in which it goes) and `_broken-checkpoint-<step>`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ STATE = "trainer_state.json"
 STAGING = "_saving"
 _REPLACED = "_replaced-"
 _BROKEN = "_broken-"
+_REMOVED = "_removed-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # The Trainer pickles its arguments into it, and never reads it again; neither do we.
 _UNREAD = "training_args.bin"
@@ -62,9 +64,10 @@ def stage(folder: Path) -> Path:
 
 
 def clear(folder: Path) -> None:
-    """Removes a checkpoint that has not become one."""
-    if (folder / STAGING).exists():
-        shutil.rmtree(folder / STAGING)
+    """Removes a checkpoint that has not become one, and what is left of those that were removed."""
+    for left in (folder / STAGING, *folder.glob(f"{_REMOVED}checkpoint-*")):
+        if left.exists():
+            shutil.rmtree(left)
 
 
 def publish(staged: Path, final: Path, facts: dict[str, Any]) -> None:
@@ -164,7 +167,10 @@ def prune(folder: Path, keep: int, protected: Iterable[Path]) -> None:
         if excess <= 0:
             return
         if checkpoint.absolute() not in spared:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            # Half removed, it must not look like a checkpoint with fewer files.
+            removed = checkpoint.with_name(_REMOVED + checkpoint.name)
+            os.rename(checkpoint, removed)
+            shutil.rmtree(removed, ignore_errors=True)
             excess -= 1
 
 

@@ -22,7 +22,8 @@ logger = logging.get_logger(__name__)
 
 # What a checkpoint has besides tensors: tokenizer, state, configs.
 _SMALL_FILES_BYTES = 64 * 2**20
-_OPTIMIZER = "optimizer.pt"
+# Without these the stock class goes on all the same: with a fresh optimizer, and other random numbers.
+_TO_GO_ON = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 class WholeCheckpoints:
@@ -74,8 +75,9 @@ class WholeCheckpoints:
 
     def _check_same_run(self, checkpoint: Path) -> None:
         instead = "go on with the same, or force it by train(..., force_resume=True)"
-        if not (checkpoint / _OPTIMIZER).is_file():
-            raise UsageError(f"checkpoint {checkpoint} has no {_OPTIMIZER}: its run cannot be gone on with; {instead}")
+        missing = [name for name in _TO_GO_ON if not (checkpoint / name).is_file()]
+        if missing:
+            raise UsageError(f"checkpoint {checkpoint} has no {missing[0]}: it is weights alone; {instead}")
         facts = checkpoints.facts_of(checkpoint)
         difference = first_difference(facts["run"], self._run_identity()) if facts is not None else None
         if difference is not None:
