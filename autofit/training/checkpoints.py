@@ -79,7 +79,7 @@ def publish(staged: Path, final: Path, facts: dict[str, Any]) -> None:
     Raises:
         OSError: the disk does not take it; `final` is what it was.
     """
-    torn = list(_torn(staged))  # not every writer says when the disk is full
+    torn = list(_torn(staged, checksums=False))  # not every writer says when the disk is full
     if torn:
         raise OSError(f"{torn[0]}, as soon as it was written")
     files = {path.relative_to(staged).as_posix(): _synced(path) for path in _files(staged)}
@@ -93,7 +93,12 @@ def publish(staged: Path, final: Path, facts: dict[str, Any]) -> None:
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
-    os.rename(staged, final)
+    try:
+        os.rename(staged, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
     _sync_folder(final.parent)
     _sync_folder(final.parent.parent)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -213,15 +218,16 @@ def _as_stock(checkpoint: Path) -> Iterator[str]:
         json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         yield f"{STATE} is missing or torn"
-    yield from _torn(checkpoint)
+    yield from _torn(checkpoint, checksums=True)
 
 
-def _torn(folder: Path) -> Iterator[str]:
+def _torn(folder: Path, checksums: bool) -> Iterator[str]:
     for path in _files(folder):
         if path.suffix == ".safetensors":
             whole = _is_safetensors(path)
         else:
-            whole = path.suffix not in (".pt", ".pth", ".bin") or path.name == _UNREAD or _is_archive(path)
+            whole = path.suffix not in (".pt", ".pth", ".bin") or path.name == _UNREAD
+            whole = whole or (_is_archive(path) if checksums else zipfile.is_zipfile(path))
         if not whole:
             yield f"{path.relative_to(folder).as_posix()} is torn"
 

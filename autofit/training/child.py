@@ -89,7 +89,7 @@ def _splits(folder: str) -> dict[str, Dataset]:
 
 def _run(trainer: StepTrainer, record: RunRecord, output_dir: Path) -> tuple[int, bool]:
     """Trains from the newest whole checkpoint, if there is one; returns steps done and whether those are all."""
-    newest = recover(output_dir, lambda message: trainer.recovery.add("checkpoint", message=message))
+    newest = recover(output_dir, trainer._warn_of_checkpoint)
     record.forget_after(0 if newest is None else step_of(newest))
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,13 +165,20 @@ def test_the_same_step_again_replaces_and_an_interruption_of_that_is_undone(tmp_
     assert checkpoints.facts_of(tmp_path / "checkpoint-5") == {"value": 2.0}
     genuine = os.rename
 
-    def only_away(source, target):
-        if "_saving" in str(source):
-            raise OSError("killed")
-        genuine(source, target)
+    def only_away(error):
+        def rename(source, target):
+            if "_saving" in str(source):
+                raise error
+            genuine(source, target)
 
-    monkeypatch.setattr(os, "rename", only_away)
-    with pytest.raises(OSError, match="killed"):
+        monkeypatch.setattr(os, "rename", rename)
+
+    only_away(OSError("full"))
+    with pytest.raises(OSError, match="full"):
+        small(tmp_path, 5, 3.0)
+    assert checkpoints.facts_of(tmp_path / "checkpoint-5") == {"value": 2.0}
+    only_away(KeyboardInterrupt())  # stands for a kill: nothing is put right
+    with pytest.raises(KeyboardInterrupt):
         small(tmp_path, 5, 3.0)
     monkeypatch.undo()
     assert not (tmp_path / "checkpoint-5").exists()
@@ -196,3 +204,15 @@ def test_a_writer_that_says_nothing_of_a_full_disk_is_seen(tmp_path):
     with pytest.raises(OSError, match=r"optimizer.pt is torn"):
         publish(staged, tmp_path / "checkpoint-1", {})
     assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_what_is_pushed_is_the_published_folder(made, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, verify(Path(folder))))
+    )
+    ours = made(AutoFitTrainer, output_dir=str(tmp_path), **RUN)
+    ours.args.push_to_hub = True
+    monkeypatch.setattr(ours, "_finish_current_push", lambda: None)
+    ours.train()
+    assert pushed == [(str(tmp_path / f"checkpoint-{step}"), []) for step in (1, 2, 3)]

@@ -51,6 +51,7 @@ class WholeCheckpoints:
             UsageError: the checkpoint is broken, or of another run; there is none.
             AutofitError: a checkpoint could not be written. Those before it are intact.
         """
+        self._identity = None
         found: str | None = None
         if resume_from_checkpoint:
             found = str(self._checkpoint_to_resume(resume_from_checkpoint, force_resume))
