@@ -24,6 +24,7 @@ from autofit.training.trainer import NonFiniteLoss, StepTrainer
 from autofit.trial.phases import PhaseReport
 from tests.conftest import CPU
 from tests.training.recovery.conftest import FailingAllocations
+from tests.training.recovery.forked import Disk, forked
 
 CANDIDATE = Candidate(micro_batch_size=8, max_seq_length=64, dtype="float32", checkpointed_layers=2)
 
@@ -222,6 +223,27 @@ def test_a_torn_checkpoint_is_passed_over_and_its_steps_are_taken_again(tiny_sou
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
     for name, parameter in adapters(undisturbed.model).items():
         assert torch.equal(parameter, adapters(resumed.model)[name])
+
+
+def test_killed_in_a_save_it_goes_on_with_other_lossless_knobs(tiny_source, tmp_path):
+    undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
+    undisturbed.train()
+    folder = tmp_path / "killed"
+
+    def killed():
+        made, record = trainer(tiny_source, folder, save_steps=1)
+        disk = Disk(folder)
+        made.step.report = lambda phase: setattr(disk, "at", disk.count + 12 if made.state.global_step == 2 else None)
+        _run(made, record, folder)
+
+    assert forked(killed) == -signal.SIGKILL
+    assert (folder / "_saving" / "checkpoint-3").is_dir()
+    knobs = {"micro_batch_size": 1, "checkpointed_layers": 4}
+    resumed, record = trainer(tiny_source, folder, CANDIDATE.replace(**knobs), save_steps=3)
+    assert _run(resumed, record, folder) == (4, True)
+    assert [path.name for path in sorted(folder.glob("*checkpoint*"))] == ["checkpoint-3", "checkpoint-4"]
+    end = adapters(resumed.model)
+    assert all(torch.allclose(p, end[name], atol=1e-4) for name, p in adapters(undisturbed.model).items())
 
 
 def test_training_on_nothing_but_the_longest_stays_within_its_trial(tiny_source, tmp_path):

@@ -127,6 +127,7 @@ class WholeCheckpoints:
             checkpoints.require_space(folder, needed)
             retried(self.recovery, "save", lambda: self._stage_checkpoint(model, trial, final))
             checkpoints.publish(folder / checkpoints.STAGING / final.name, final, self._checkpoint_facts())
+            checkpoints.clear(folder)
         except Exception as error:
             if not _is_of_disk(error):
                 raise

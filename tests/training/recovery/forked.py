@@ -1,20 +1,33 @@
 """Trainings in forked children that are killed, lose what was not synced, or have no disk."""
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _MOVES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
-def forked(work, *args):
-    """Runs `work` in a fork; returns its exit code, or the signal that ended it, negative."""
+def forked(work, *args, signals=()):
+    """Runs `work` in a fork; returns its exit code, or the signal that ended it, negative.
+
+    Args:
+        signals: sent to it, each with the seconds to wait before.
+    """
     child = os.fork()
     if child == 0:
         code = 1
+        os.setsid()
+        torch.set_num_threads(1)  # OpenMP's threads are not in the fork
+        tqdm.set_lock(threading.RLock())  # its own is shared with the forks before, one of which was killed with it
         try:
             work(*args)
             code = 0
@@ -26,7 +39,13 @@ def forked(work, *args):
             traceback.print_exc()
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for seconds, number in signals:
+        time.sleep(seconds)
+        os.kill(child, number)  # not waited for yet, so there is one
+    status = os.waitpid(child, 0)[1]
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # a loader's worker that had not yet looked whose child it is
+    return os.waitstatus_to_exitcode(status)
 
 
 class Disk:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import resource
 import shutil
 import signal
@@ -48,7 +49,7 @@ def run(made, model, tmp_path):
             stock.train()
             return weights(stock)
 
-        def __call__(self, folder, spoil=None, cls=AutoFitTrainer, **given):
+        def __call__(self, folder, spoil=None, cls=AutoFitTrainer, signals=(), **given):
             def work():
                 ours = made(cls, model, output_dir=str(folder), **{**RUN, **given})
                 if spoil is not None:
@@ -57,7 +58,7 @@ def run(made, model, tmp_path):
                 ours.train(resume_from_checkpoint=True if newest else None)
                 torch.save(weights(ours), folder / "end")
 
-            return forked(work)
+            return forked(work, signals=signals)
 
         def goes_on(self, folder, expected=None, **given):
             """Whether the rest of the run, undisturbed, ends with the weights of the undisturbed one."""
@@ -217,6 +218,35 @@ def test_too_little_space_is_seen_before_anything_is_written(made, tmp_path, mon
     with pytest.raises(AutofitError, match=r"needs 67.\d MB of disk, 1.0 MB are free"):
         ours.train()
     assert not list(tmp_path.glob("*checkpoint*"))
+
+
+@pytest.mark.soak
+def test_whole_runs_killed_and_damaged_at_random(run, tmp_path):
+    seed = random.randrange(10**6)
+    draw = random.Random(seed)
+    given = {"max_steps": 40, "save_steps": 1, "dataloader_num_workers": 1, "save_total_limit": 3}
+    expected = run.undisturbed(**{**given, "dataloader_num_workers": 0})
+    for number in range(8):
+        folder, ends = tmp_path / str(number), []
+        while not ends or ends[-1] != 0:
+            assert len(ends) < 200, (seed, number, ends)
+            signals = [(draw.uniform(0.05, 1.5), draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))]
+            if draw.random() < 0.3:
+                signals.append((draw.uniform(0.0, 0.05), signal.SIGTERM))
+            first = draw.randrange(2000)
+
+            def spoil(ours, first=first):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                FailingAllocations(range(first, 10**6, 2000)).__enter__()
+
+            ends.append(run(folder, spoil, signals=signals, **given))
+            assert ends[-1] in (0, 143, -signal.SIGTERM, -signal.SIGKILL), (seed, number, ends)
+            left = sorted(folder.glob("checkpoint-*"), key=checkpoints.step_of)
+            if len(left) > 1 and draw.random() < 0.2:
+                victim = draw.choice(sorted(left[-1].iterdir()))
+                os.truncate(victim, draw.randrange(victim.stat().st_size))
+        assert same(torch.load(folder / "end"), expected), (seed, number, ends)
+        shutil.rmtree(folder)
 
 
 def files_not_synced(monkeypatch):
