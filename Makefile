@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= autofit-runs
 
-.PHONY: demo test lint typecheck contracts pytest clean
+.PHONY: demo test lint typecheck contracts pytest soak clean
 
 demo: .venv/.installed
 	@rm -rf $(DEMO)/demo $(DEMO)/demo-half
@@ -28,6 +28,10 @@ contracts: .venv/.dev
 
 pytest: .venv/.dev
 	$(BIN)/pytest -n 2
+
+# Whole runs killed at random again and again; minutes, and other points each time.
+soak: .venv/.dev
+	$(BIN)/pytest -m soak
 
 .venv/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "autofit needs Python 3.11 or newer; name one: make PYTHON=python3.12 …"; exit 1; }

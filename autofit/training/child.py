@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,9 @@ from autofit.step.policy import resolve_policy
 from autofit.step.step import build_step
 from autofit.step.tokenizer import pad_token_id
 from autofit.training.arguments import training_arguments
+from autofit.training.checkpoints import recover, step_of
+from autofit.training.recovery.stopping import Stopped
 from autofit.training.request import TrainingRequest
-from autofit.training.resume import last_step
 from autofit.training.trainer import StepTrainer
 from autofit.trial.phases import PhaseReport
 
@@ -63,7 +63,6 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
         optimizers=(optimizer, None),
         callbacks=[record],
     )
-    signal.signal(signal.SIGTERM, lambda *_: record.stop())
     meter.reset_peak()
     steps, done = _run(trainer, record, output_dir)
     peaks = meter.peaks()
@@ -92,35 +91,24 @@ def _splits(folder: str) -> dict[str, Dataset]:
 
 def _run(trainer: StepTrainer, record: RunRecord, output_dir: Path) -> tuple[int, bool]:
     """Trains from the newest whole checkpoint, if there is one; returns steps done and whether those are all."""
-    kept = last_step(output_dir)
-    record.forget_after(kept)
-    if kept:
-        checkpoint = output_dir / f"checkpoint-{kept}"
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
-            # The Trainer would look whether to stop only after one step more.
-            trainer._load_from_checkpoint(str(checkpoint))
-            return kept, True
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    else:
-        trainer.train()
+    newest = recover(output_dir, trainer._warn_of_checkpoint)
+    record.forget_after(0 if newest is None else step_of(newest))
+    try:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    except Stopped:
+        return trainer.state.global_step, False
     return trainer.state.global_step, trainer.state.global_step >= trainer.state.max_steps
 
 
 class RunRecord(TrainerCallback):
-    """Writes metrics.jsonl, tells the phase, measures the context, and stops at a step's end when asked to."""
+    """Writes metrics.jsonl, tells the phase, and measures the context."""
 
     def __init__(self, output_dir: Path, report: PhaseReport, meter: Meter) -> None:
         self.file = output_dir / "metrics.jsonl"
         self.report: Callable[..., None] = report
         self.meter = meter
-        self.stopping = False
         self.measured = False
         self.started = time.time()
-
-    def stop(self) -> None:
-        """Asks for a checkpoint and an end at the next step boundary."""
-        self.stopping = True
 
     def losses(self) -> list[float]:
         """The loss of every step on record, those before a resume included."""
@@ -150,14 +138,6 @@ class RunRecord(TrainerCallback):
         if not self.measured:
             self.meter.measure_context()
             self.measured = True
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if self.stopping:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
 
     def on_log(
         self,

@@ -12,6 +12,7 @@ from autofit.config import RunConfig
 from autofit.errors import UsageError
 from autofit.space.candidate import LOSSY, Candidate
 from autofit.space.facts import DataFacts
+from autofit.training.checkpoints import newest_whole, step_of
 
 # What of a config may differ when a run goes on: none of it changes the result.
 _FREE = {"gpu_mem", "output_dir", "search", "order", "pin", "min", "allow", "trial_timeout", "save_steps"}
@@ -20,17 +21,8 @@ _FREE |= {"micro_batch_size", "tokens_per_micro_batch", "checkpointed_layers", "
 
 def last_step(folder: Path) -> int:
     """The step of the newest whole checkpoint in a run's folder; 0 where there is none."""
-    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a save came to its end: the Trainer writes its state after weights, optimizer and random numbers."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / "optimizer.pt").is_file() and (checkpoint / "adapter_model.safetensors").is_file()
+    newest = newest_whole(folder)
+    return 0 if newest is None else step_of(newest)
 
 
 def check_same_config(folder: Path, config: RunConfig) -> None:

@@ -19,6 +19,8 @@ from autofit.step.step import Step
 from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, retried
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.recomputing import keeps_some, recomputing
+from autofit.training.recovery.saving import WholeCheckpoints
+from autofit.training.recovery.stopping import StopsOnSignals
 from autofit.training.recovery.undo import Snapshot
 
 
@@ -38,7 +40,7 @@ class NonFiniteLoss(AutofitError):
     """The loss is no number any more; the last checkpoint is from before that."""
 
 
-class StepTrainer(Trainer):
+class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
     """Runs `Step` once for each micro-batch of a global batch; the Trainer sees one batch a step, never the cut.
 
     The model is the step's, as built: mixed precision and checkpointing are the builder's and the step's affair.

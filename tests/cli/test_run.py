@@ -1,7 +1,9 @@
 """The main job as a user runs it: the command in a process of its own, its files, its signals."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,7 +11,9 @@ import time
 
 import psutil
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RUN = [sys.executable, "-m", "autofit", "run"]
@@ -185,6 +189,43 @@ def test_a_killed_controller_leaves_no_process_behind(tiny_model, data, tmp_path
         process.wait()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
+
+
+@pytest.mark.soak
+def test_a_run_killed_at_random_ends_as_if_it_had_not_been(tiny_model, data, tmp_path):
+    seed = random.randrange(10**6)
+    draw = random.Random(seed)
+    config = tmp_path / "often.yaml"
+    config.write_text("save_steps: 2\n")
+    command = [*RUN, config, "--model", tiny_model, "--data", data, "--max-steps", "60"]
+
+    def start(name):
+        log = (tmp_path / "log").open("w")
+        return subprocess.Popen([*map(str, command), "--output-dir", str(tmp_path / name)], stdout=log, stderr=log)
+
+    def result(name):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        adapter = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line], adapter
+
+    assert start("undisturbed").wait() == 0
+    for _ in range(8):
+        process = start("killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            wait_for(lambda: list((tmp_path / "killed").glob("metrics.jsonl")), process)
+            process.wait(draw.uniform(0, 1))
+        victims = psutil.Process(process.pid).children(recursive=True)
+        for victim in draw.choice([victims, []]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+        process.kill()
+        process.wait()
+        psutil.wait_procs(victims, timeout=10)
+    process = start("killed")
+    assert process.wait() == 0, (seed, (tmp_path / "log").read_text())
+    (expected, weights), (found, other) = result("undisturbed"), result("killed")
+    assert found == expected, seed
+    assert all(torch.equal(weights[name], other[name]) for name in weights), seed
 
 
 def wait_for(condition, process, seconds=90):

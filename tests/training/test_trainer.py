@@ -1,6 +1,8 @@
 """The full training loop runs the one step, on the model as it was built, and its result does not depend on the cut."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from autofit.step.policy import resolve_policy
 from autofit.step.step import build_step
 from autofit.training.arguments import training_arguments
 from autofit.training.child import RunRecord, _run
+from autofit.training.recovery.stopping import Stopped
 from autofit.training.request import Schedule
 from autofit.training.trainer import NonFiniteLoss, StepTrainer
 from autofit.trial.phases import PhaseReport
 from tests.conftest import CPU
 from tests.training.recovery.conftest import FailingAllocations
+from tests.training.recovery.forked import Disk, forked
 
 CANDIDATE = Candidate(micro_batch_size=8, max_seq_length=64, dtype="float32", checkpointed_layers=2)
 
@@ -141,13 +145,19 @@ def test_evaluation_is_the_mean_loss_of_the_same_step(tiny_source, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-5)
 
 
+def signal_once(made, step):
+    if made.state.global_step == step and made._stop.number is None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_stop_saves_at_the_next_step_and_the_rest_of_the_run_is_the_same(tiny_source, tmp_path):
     undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
     undisturbed.train()
 
-    stopped, record = trainer(tiny_source, tmp_path / "stopped")
-    stopped.step.report = lambda phase: record.stop() if stopped.state.global_step == 1 else None
-    stopped.train()
+    stopped, _ = trainer(tiny_source, tmp_path / "stopped")
+    stopped.step.report = lambda phase: signal_once(stopped, 1)
+    with pytest.raises(Stopped):
+        stopped.train()
     assert stopped.state.global_step == 2
 
     resumed, _ = trainer(tiny_source, tmp_path / "stopped")
@@ -203,7 +213,7 @@ def test_a_torn_checkpoint_is_passed_over_and_its_steps_are_taken_again(tiny_sou
     undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
     undisturbed.train()
     killed, record = trainer(tiny_source, tmp_path / "killed", save_steps=1)
-    killed.step.report = lambda phase: record.stop() if killed.state.global_step == 2 else None
+    killed.step.report = lambda phase: signal_once(killed, 2)
     assert _run(killed, record, tmp_path / "killed") == (3, False)
     (tmp_path / "killed" / "checkpoint-3" / "trainer_state.json").write_text('{"torn')
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
@@ -213,6 +223,27 @@ def test_a_torn_checkpoint_is_passed_over_and_its_steps_are_taken_again(tiny_sou
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
     for name, parameter in adapters(undisturbed.model).items():
         assert torch.equal(parameter, adapters(resumed.model)[name])
+
+
+def test_killed_in_a_save_it_goes_on_with_other_lossless_knobs(tiny_source, tmp_path):
+    undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
+    undisturbed.train()
+    folder = tmp_path / "killed"
+
+    def killed():
+        made, record = trainer(tiny_source, folder, save_steps=1)
+        disk = Disk(folder)
+        made.step.report = lambda phase: setattr(disk, "at", disk.count + 12 if made.state.global_step == 2 else None)
+        _run(made, record, folder)
+
+    assert forked(killed) == -signal.SIGKILL
+    assert (folder / "_saving" / "checkpoint-3").is_dir()
+    knobs = {"micro_batch_size": 1, "checkpointed_layers": 4}
+    resumed, record = trainer(tiny_source, folder, CANDIDATE.replace(**knobs), save_steps=3)
+    assert _run(resumed, record, folder) == (4, True)
+    assert [path.name for path in sorted(folder.glob("*checkpoint*"))] == ["checkpoint-3", "checkpoint-4"]
+    end = adapters(resumed.model)
+    assert all(torch.allclose(p, end[name], atol=1e-4) for name, p in adapters(undisturbed.model).items())
 
 
 def test_training_on_nothing_but_the_longest_stays_within_its_trial(tiny_source, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -7,6 +8,7 @@ from autofit.errors import AutofitError, UsageError
 from autofit.space.candidate import Candidate
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.training import workspace
+from autofit.training.checkpoints import publish, stage
 from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
 from autofit.training.resources import check_resources, checkpoint_bytes, hub_cache
 from autofit.training.resume import check_same_config, check_same_data, check_same_result, last_step
@@ -105,10 +107,12 @@ def interrupted(tmp_path):
     space = Workspace(tmp_path)
     space.write_yaml("resolved.yaml", json.loads(RunConfig().model_dump_json(exclude={"output_dir"})))
     space.write_json("plan.json", {"chosen": CANDIDATE.to_json(), "data_fingerprint": "a"})
-    for name in ("checkpoint-7", "checkpoint-9", "checkpoint-nonsense"):
+    for name in ("checkpoint-9", "checkpoint-nonsense"):
         (tmp_path / name).mkdir()
-    for name in ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors"):
-        (tmp_path / "checkpoint-7" / name).write_text("{}")
+    staged = stage(tmp_path) / "checkpoint-7"
+    shutil.copytree(tmp_path / "checkpoint-9", staged)
+    (staged / "trainer_state.json").write_text("{}")
+    publish(staged, tmp_path / "checkpoint-7", {})
     return tmp_path
 
 
@@ -127,7 +131,7 @@ def test_only_the_same_run_goes_on(interrupted):
 
 
 def test_before_the_first_checkpoint_everything_may_change(interrupted):
-    (interrupted / "checkpoint-7" / "optimizer.pt").unlink()
+    (interrupted / "checkpoint-7" / "trainer_state.json").unlink()
     check_same_config(interrupted, RunConfig(seed=1))
     check_same_result(interrupted, CANDIDATE.replace(lora_rank=8))
 

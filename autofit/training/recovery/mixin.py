@@ -19,6 +19,8 @@ from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.recomputing import keeps_some, recomputing
 from autofit.training.recovery.refusals import check_arguments, check_trainer
 from autofit.training.recovery.rows import can_be_cut, count_rows
+from autofit.training.recovery.saving import WholeCheckpoints
+from autofit.training.recovery.stopping import StopsOnSignals
 from autofit.training.recovery.undo import Snapshot
 
 
@@ -30,7 +32,7 @@ class _Window:
     seen: int = 0
 
 
-class RecoveringTrainer(RecoveringEvaluation):
+class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
     """Mixed into a trainer class, before it.
 
     The stock loop hands over the micro-batches of an optimizer step one by one. All but the last are answered with
@@ -60,7 +62,7 @@ class RecoveringTrainer(RecoveringEvaluation):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
         with self._cap.held() if self._cap is not None else contextlib.nullcontext():
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            return super().train(*args, **kwargs)
 
     # The seams of the stock loop
 
@@ -106,10 +108,6 @@ class RecoveringTrainer(RecoveringEvaluation):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         stock = super()._get_grad_norm  # type: ignore[misc]
         return retried(self.recovery, "clipping", lambda: stock(model, grad_norm=grad_norm))
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super()._save_checkpoint  # type: ignore[misc]
-        return retried(self.recovery, "save", lambda: stock(*args, **kwargs))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The stock step for the last micro-batch of an optimizer step and all before it; nothing for those.

@@ -249,23 +249,24 @@ def test_a_model_spread_over_devices_is_refused(tiny_llama, tmp_path):
         AutoFitTrainer(model=model, args=arguments)
 
 
-def sft(cls, model, folder):
-    arguments = SFTConfig(
-        output_dir=str(folder / cls.__name__),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        gradient_checkpointing=False,
-    )
+def sft(cls, model, folder, **given):
+    values = {
+        "output_dir": str(folder / cls.__name__),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "gradient_checkpointing": False,
+    }
+    arguments = SFTConfig(**{**values, **given})
     peft = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     torch.manual_seed(0)
     return cls(
@@ -294,6 +295,22 @@ def test_trl_s_trainer_recovers_too(tiny_llama, tmp_path):
         tokens = [[log.get("num_tokens") for log in t.state.log_history] for t in (stock, ours)]
         assert tokens[0] == tokens[1]
         assert len(ours.recovery.events) == 1
+
+
+def test_trl_s_trainer_goes_on_from_its_checkpoints_and_the_stock_class_from_them(tiny_llama, tmp_path):
+    stock = sft(SFTTrainer, tiny_llama, tmp_path, max_steps=4)
+    stock.train()
+    saved = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+    sft(AutoFitSFTTrainer, tiny_llama, tmp_path, **saved).train()
+    folder = tmp_path / "AutoFitSFTTrainer"
+    assert sorted(path.name for path in folder.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in (2, 3, 4)]
+    (folder / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"torn")
+    ours = sft(AutoFitSFTTrainer, tiny_llama, tmp_path, **saved)
+    ours.train(resume_from_checkpoint=True)
+    assert same(weights(stock), weights(ours))
+    again = sft(SFTTrainer, tiny_llama, tmp_path, **saved)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert same(weights(stock), weights(again))
 
 
 def test_the_loss_of_evaluation_is_put_together_as_what_it_is(made):

@@ -1,0 +1,102 @@
+"""Trainings in forked children that are killed, lose what was not synced, or have no disk."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_MOVES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+
+
+def forked(work, *args, signals=()):
+    """Runs `work` in a fork; returns its exit code, or the signal that ended it, negative.
+
+    Args:
+        signals: sent to it, each with the seconds to wait before.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        os.setsid()
+        torch.set_num_threads(1)  # OpenMP's threads are not in the fork
+        tqdm.set_lock(threading.RLock())  # its own is shared with the forks before, one of which was killed with it
+        try:
+            work(*args)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except KeyboardInterrupt:
+            code = 130
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    for seconds, number in signals:
+        time.sleep(seconds)
+        os.kill(child, number)  # not waited for yet, so there is one
+    status = os.waitpid(child, 0)[1]
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # a loader's worker that had not yet looked whose child it is
+    return os.waitstatus_to_exitcode(status)
+
+
+class Disk:
+    """What this process does to a folder, operation by operation; for the rest of its life, so only in a fork.
+
+    Args:
+        at: before the operation of this number it is killed.
+        loses_unsynced: then, first, files and renames that were never synced are lost, as with the power.
+    """
+
+    def __init__(self, folder, at=None, loses_unsynced=False):
+        self.folder, self.at, self.loses_unsynced = Path(folder), at, loses_unsynced
+        self.count, self.synced, self.renames, self.names = 0, set(), [], []
+        self._fsync = os.fsync
+        os.fsync = self._synced
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event, args):
+        if self.count is None:
+            return
+        path = args[0] if args and isinstance(args[0], (str, os.PathLike)) else None
+        within_a_folder = event in ("os.remove", "os.rmdir") and args[1] != -1  # as rmtree goes about it
+        if path is None or not (within_a_folder or Path(path).absolute().is_relative_to(self.folder)):
+            return
+        if event == "open" and (args[2] or 0) & _WRITES:
+            self._next(f"open {path}")
+        elif event in _MOVES:
+            self._next(f"{event} {path}")
+            if event == "os.rename":
+                self.renames.append((Path(args[0]), Path(args[1])))
+
+    def _synced(self, number):
+        self._next("fsync")
+        self._fsync(number)
+        inode = os.fstat(number).st_ino
+        self.synced.add(inode)
+        self.renames = [(a, b) for a, b in self.renames if os.stat(b.parent).st_ino != inode]
+
+    def _next(self, name):
+        self.names.append(name)
+        if self.count == self.at:
+            if self.loses_unsynced:
+                self._lose()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.count += 1
+
+    def _lose(self):
+        self.count = None  # what follows is no operation of the process
+        for source, target in reversed(self.renames):
+            if target.exists() and not source.exists() and source.parent.exists():
+                os.rename(target, source)
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.stat().st_ino not in self.synced:
+                os.truncate(path, path.stat().st_size // 2)

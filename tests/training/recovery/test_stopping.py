@@ -1,0 +1,181 @@
+"""A signal ends training in time, with a checkpoint; two end it at once, with those that there were."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from autofit.training import checkpoints
+from autofit.training.recovery.stopping import Stopped
+from autofit.training.recovery.trainers import AutoFitTrainer
+from tests.training.recovery.conftest import examples, same, weights
+from tests.training.recovery.forked import forked
+
+RUN = {"max_steps": 6, "per_device_train_batch_size": 2, "save_strategy": "no"}  # epochs of four steps
+
+
+class Signals(TrainerCallback):
+    """Sends signals to its own process as a step begins."""
+
+    def __init__(self, *numbers, step=2):
+        self.numbers, self.step = numbers, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def trains(made, tmp_path):
+    """Trains in a fork, with callbacks; returns how that ended."""
+
+    def train(*callbacks, resume=None, before=None, **given):
+        def work():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if before is not None:
+                before()
+            ours = made(AutoFitTrainer, output_dir=str(tmp_path), **{**RUN, **given})
+            for callback in callbacks:
+                ours.add_callback(callback)
+            ours.train(resume_from_checkpoint=resume)
+            torch.save(weights(ours), tmp_path / "end")
+
+        return forked(work)
+
+    return train
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def steps(folder):
+    return sorted(checkpoints.step_of(path) for path in folder.glob("checkpoint-*"))
+
+
+def undisturbed(made, **given):
+    stock = made(Trainer, **{**RUN, **given})
+    stock.train()
+    return weights(stock)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_with_a_checkpoint_at_the_step_s_end(made, trains, tmp_path, number, code):
+    assert trains(Signals(number)) == code
+    assert steps(tmp_path) == [3]
+    assert not (tmp_path / "end").exists()  # the script does not go on as if it were done
+    (event,) = events(tmp_path)
+    assert (event["event"], event["signal"], event["step"]) == ("stopped", number.name, 3)
+    assert 0 < event["seconds"] < 5
+    assert trains(resume=True) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made))
+
+
+def test_a_second_signal_kills_even_within_the_save(made, trains, tmp_path):
+    def before():
+        genuine = torch.save
+
+        def save(content, path, *args, **kwargs):
+            genuine(content, path, *args, **kwargs)
+            if "checkpoint-3" in str(path) and str(path).endswith("optimizer.pt"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        torch.save = save
+
+    given = {"save_strategy": "steps", "save_steps": 2}
+    assert trains(Signals(signal.SIGTERM), before=before, **given) == -signal.SIGTERM
+    assert steps(tmp_path) == [2]
+    assert (tmp_path / "_saving").exists()
+    assert trains(resume=True, **given) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_signals_kill_at_once(trains, tmp_path, number):
+    assert trains(Signals(number, number)) == -number
+    assert steps(tmp_path) == []
+
+
+def test_evaluation_is_not_waited_for(made, trains, tmp_path):
+    """In the middle of an epoch there is none; where one is due at the step, the checkpoint comes first."""
+
+    class Slow(TrainerCallback):
+        def on_prediction_step(self, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    evaluated = {"eval_strategy": "epoch", "eval_dataset": examples()}
+    assert trains(Signals(signal.SIGTERM), Slow(), **evaluated) == 143
+    assert steps(tmp_path) == [3]
+    evaluated |= {"eval_strategy": "steps", "eval_steps": 5}
+    assert trains(Signals(signal.SIGTERM, step=4), Slow(), **evaluated) == -signal.SIGKILL
+    assert steps(tmp_path) == [3, 5]
+    assert trains(resume=str(tmp_path / "checkpoint-5")) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made))
+
+
+def test_at_an_epoch_s_last_step_the_epoch_is_ended(made, trains, tmp_path):
+    evaluated = {"eval_strategy": "epoch", "eval_dataset": examples()}
+    assert trains(Signals(signal.SIGTERM, step=3), **evaluated) == 143
+    assert steps(tmp_path) == [4]
+    history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in history if "eval_loss" in line] == [4]
+    assert trains(resume=True, **evaluated) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made, **evaluated))
+
+
+def test_handlers_of_the_script_are_called_too_and_stand_again_afterwards(made, tmp_path):
+    got = []
+
+    def handler(number, frame):
+        got.append(number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        ours = made(AutoFitTrainer, output_dir=str(tmp_path), **RUN)
+        ours.add_callback(Signals(signal.SIGTERM))
+        with pytest.raises(Stopped) as stopped:
+            ours.train()
+        assert stopped.value.code == 143
+        assert got == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_after_the_last_step_comes_when_training_is_over(trains, tmp_path):
+    class Late(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert trains(Late()) == -signal.SIGTERM
+    assert trains(Signals(signal.SIGINT), before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) == 0
+
+
+def test_out_of_a_thread_training_goes_as_ever(made, tmp_path):
+    ours = made(AutoFitTrainer, output_dir=str(tmp_path), **RUN)
+    thread = threading.Thread(target=ours.train)
+    thread.start()
+    thread.join()
+    assert ours.state.global_step == 6
+
+
+def test_the_time_to_the_end_is_a_step_and_a_save(trains, tmp_path):
+    """Steps of half a second: the signal comes in the first half of one."""
+
+    class Half(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            time.sleep(0.5)
+
+    begun = time.monotonic()
+    assert trains(Half(), Signals(signal.SIGTERM, step=0), max_steps=100) == 143
+    assert time.monotonic() - begun < 2
+    assert trains(Signals(signal.SIGTERM), dataloader_num_workers=1, resume=True, max_steps=100) == 143
