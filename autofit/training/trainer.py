@@ -16,7 +16,7 @@ from autofit.errors import AutofitError, OutOfBudget
 from autofit.space.candidate import Candidate
 from autofit.step.batch import Example, micro_batches, trained_tokens
 from autofit.step.step import Step
-from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, retried
+from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, held_bytes, retried
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.recomputing import keeps_some, recomputing
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -78,7 +78,10 @@ class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
         before = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
         same_again, recompute = True, False
         while True:
-            with Watch() as watch, recomputing(model) if recompute else contextlib.nullcontext():
+            with (
+                Watch(lambda: held_bytes(model, self.optimizer)) as watch,
+                recomputing(model) if recompute else contextlib.nullcontext(),
+            ):
                 batches = list(micro_batches(examples, self._token_budget, self.pad_token_id, self.candidate.layout))
                 loss = self.step.accumulate(batches, trained_tokens(examples))
             if watch.fault is None:
@@ -98,7 +101,7 @@ class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
                     f"step {self.state.global_step + 1} does not fit: a sequence of {longest} tokens alone, with all "
                     f"activations recomputed, is too much; {watch.fault}"
                 )
-            self.recovery.add("oom", phase="step", step=self.state.global_step, message=watch.fault, did=did)
+            self.recovery.oom(watch, "step", did, step=self.state.global_step)
         self._tokens["tokens"] += sum(len(example["input_ids"]) for example in examples)
         self._tokens["padded_tokens"] += sum(batch.padded_tokens for batch in batches)
         self._grow_back(quiet=same_again)
@@ -133,7 +136,7 @@ class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
                 loss = torch.stack([self.step.evaluate(batch) for batch in batches]).sum()
                 return loss / max(1, trained_tokens(examples)), None, None
             free_memory()
-            self.recovery.add("oom", phase="eval", message=watch.fault, did="cut finer")
+            self.recovery.oom(watch, "eval", "cut finer")
             if self._eval_budget <= longest:
                 raise OutOfBudget(f"evaluation does not fit, with one sequence of {longest} tokens: {watch.fault}")
             self._eval_budget = max(longest, self._eval_budget // 2)

@@ -45,7 +45,7 @@ class RecoveringEvaluation:
                 return loss, *(_concatenated([answer[i] for answer in answers]) for i in (1, 2))
             free_memory()
             before.restore()
-            self.recovery.add("oom", phase="eval", message=watch.fault, did=f"fewer than {most} rows at a time")
+            self.recovery.oom(watch, "eval", f"fewer than {most} rows at a time")
             if most <= 1 or not can_be_cut(inputs):
                 raise OutOfBudget(f"evaluation does not fit, with {most} rows at a time: {watch.fault}")
             self._eval_rows = most // 2
@@ -92,7 +92,7 @@ class RecoveringEvaluation:
                 free_memory()
                 before.restore()
                 trainer.args.eval_accumulation_steps = 1
-                self.recovery.add("oom", phase="eval", message=watch.fault, did="again, results to the host each step")
+                self.recovery.oom(watch, "eval", "again, results to the host each step")
         finally:
             trainer.args.eval_accumulation_steps = steps
         raise OutOfBudget(f"evaluation does not fit, tried {_PASSES} times: {watch.fault}")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import nn
 
 from autofit.errors import OutOfBudget
 from autofit.trial.classify import classify_exception
+from autofit.trial.record import requested_bytes
 
 # After so many steps without a fault what was cut grows back.
 QUIET_STEPS = 100
@@ -26,14 +29,22 @@ class Watch:
 
     Afterwards, outside any `except`, nothing holds the failed frames and their tensors any more.
 
+    Args:
+        held: says what held the memory; asked while the failed work still does.
+
     Attributes:
         fault: the out-of-memory's message; None where there was none.
+        about: of a fault: the bytes it asked for, what held the memory, and the seconds that were lost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: Callable[[], dict[str, int]] | None = None) -> None:
         self.fault: str | None = None
+        self.about: dict[str, Any] = {}
+        self._held = held
+        self._begun = 0.0
 
     def __enter__(self) -> Watch:
+        self._begun = time.monotonic()
         return self
 
     def __exit__(
@@ -42,7 +53,33 @@ class Watch:
         if error is None or isinstance(error, OutOfBudget) or classify_exception(error) is None:
             return False
         self.fault = " ".join(str(error).split())[:200] or type(error).__name__
+        self.about = {
+            "requested_bytes": requested_bytes(str(error)),
+            "seconds": round(time.monotonic() - self._begun, 3),
+        }
+        if self._held is not None:
+            self.about["held_bytes"] = self._held()
         return True
+
+
+def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
+    """What of the device's memory weights, gradients and optimizer states hold; on a GPU also what all else does.
+
+    Args:
+        optimizer: None where there is none yet.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    states = (
+        value for state in (optimizer.state.values() if optimizer is not None else ()) for value in state.values()
+    )
+    found = {
+        "weights": sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "optimizer": sum(value.nbytes for value in states if torch.is_tensor(value)),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["activations and all else"] = torch.cuda.memory_allocated() - sum(found.values())
+    return found
 
 
 def free_memory() -> None:
@@ -58,6 +95,24 @@ class Record:
     def __init__(self, folder: str | None) -> None:
         self.events: list[dict[str, Any]] = []
         self._file = None if folder is None else Path(folder) / "events.jsonl"
+
+    def oom(self, watch: Watch, phase: str, did: str, **about: Any) -> None:
+        """An out-of-memory, and what was done about it."""
+        self.add("oom", phase=phase, message=watch.fault, did=did, **watch.about, **about)
+
+    def summary(self) -> list[str]:
+        """What happened, in at most three lines; none where nothing ran out of memory."""
+        ooms = [event for event in self.events if event["event"] == "oom"]
+        if not ooms:
+            return []
+        phases = Counter(event["phase"] for event in ooms)
+        counted = ", ".join(f"{count} in {phase}" for phase, count in phases.items())
+        lost = sum(event.get("seconds") or 0 for event in ooms)
+        lines = [
+            f"out of memory {len(ooms)} times: {counted}",
+            f"the last time: {ooms[-1]['did']}; {lost:.1f} seconds were done again; every sequence counted once",
+        ]
+        return lines if self._file is None else [*lines, f"all of it: {self._file}"]
 
     def add(self, event: str, **about: Any) -> None:
         """One more event; a file that cannot be written loses no training."""
@@ -83,5 +138,5 @@ def retried(record: Record, phase: str, work: Callable[[], Any]) -> Any:
         with Watch() as watch:
             return work()
         free_memory()
-        record.add("oom", phase=phase, message=watch.fault, did="freed memory and tried again")
+        record.oom(watch, phase, "freed memory and tried again")
     raise OutOfBudget(f"{phase} does not fit, tried {_TIMES} times: {watch.fault}")

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
 from autofit.training.recovery.evaluating import RecoveringEvaluation
-from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, retried
+from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, held_bytes, retried
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.recomputing import keeps_some, recomputing
 from autofit.training.recovery.refusals import check_arguments, check_trainer
@@ -22,6 +23,8 @@ from autofit.training.recovery.rows import can_be_cut, count_rows
 from autofit.training.recovery.saving import WholeCheckpoints
 from autofit.training.recovery.stopping import StopsOnSignals
 from autofit.training.recovery.undo import Snapshot
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -62,7 +65,10 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
         with self._cap.held() if self._cap is not None else contextlib.nullcontext():
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+        for line in self.recovery.summary():
+            logger.warning(line)
+        return result
 
     # The seams of the stock loop
 
@@ -133,7 +139,7 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
         while True:
             pieces = cut(batches, self._most_tokens, self._kind or LossKind.WHOLE, self._shifted)
             losses: list[torch.Tensor] = []
-            with Watch() as watch:
+            with Watch(lambda: held_bytes(model, self.optimizer)) as watch:  # type: ignore[attr-defined]
                 self._attempt(model, pieces, items, recompute, losses)
             if watch.fault is None:
                 self._grow_back(batches, quiet=same_again and not recompute)
@@ -145,19 +151,19 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
             before.restore()
             if same_again:
                 same_again = False
-                self._note(watch.fault, pieces, "freed memory and tried the same again")
+                self._note(watch, pieces, "freed memory and tried the same again")
                 continue
             if self._kind is None:
                 self._kind = self._measured_kind(model, batches, items, before)
             most = None if self._kind is None else finer(failed, self._kind)
             if most is not None:
                 self._most_tokens = most
-                self._note(watch.fault, pieces, f"cut into pieces of at most {most} tokens")
+                self._note(watch, pieces, f"cut into pieces of at most {most} tokens")
             elif not recompute and keeps_some(model):
                 recompute = True
-                self._note(watch.fault, pieces, "recomputes activations in this step")
+                self._note(watch, pieces, "recomputes activations in this step")
             else:
-                self._note(watch.fault, pieces, "gave up")
+                self._note(watch, pieces, "gave up")
                 raise OutOfBudget(self._why(failed, watch.fault))
 
     def _attempt(
@@ -233,11 +239,11 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
         if whole:
             self._most_tokens = None
 
-    def _note(self, fault: str, pieces: Sequence[Piece], did: str) -> None:
+    def _note(self, watch: Watch, pieces: Sequence[Piece], did: str) -> None:
         step = self.state.global_step  # type: ignore[attr-defined]
         largest = max(piece.tokens for piece in pieces)
         about = {"step": step, "pieces": len(pieces), "largest_tokens": largest}
-        self.recovery.add("oom", phase="step", message=fault, did=did, **about)
+        self.recovery.oom(watch, "step", did, **about)
 
     def _why(self, failed: Piece, fault: str) -> str:
         if self._kind is LossKind.WHOLE:

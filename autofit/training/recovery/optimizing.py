@@ -81,7 +81,7 @@ def _undoable(
                 optimizer.state[p] = state  # the copies themselves: this needs no memory
     kept.clear()
     free_memory()
-    record.add("oom", phase="optimizer", message=watch.fault, did=did)
+    record.oom(watch, "optimizer", did)
     return False
 
 

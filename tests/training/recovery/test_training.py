@@ -1,6 +1,7 @@
 """An out-of-memory in the middle of training changes nothing in the result."""
 
 import copy
+import json
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 from autofit.errors import OutOfBudget, UsageError
 from autofit.memory.ledger import Ledger
 from autofit.training.recovery import cutting, faults, mixin, optimizing, undo
+from autofit.training.recovery.faults import Record, Watch
 from autofit.training.recovery.trainers import AutoFitTrainer
 from tests.training.recovery.conftest import FailingAllocations, farthest, same, weights
 
@@ -162,7 +164,29 @@ def test_events_are_kept_in_the_run_s_folder(made, tmp_path):
     trained(made(AutoFitTrainer, max_steps=1), counter)
     ours = made(AutoFitTrainer, output_dir=str(tmp_path / "run"))
     trained(ours, FailingAllocations({counter.count // 2}))
-    assert (tmp_path / "run" / "events.jsonl").read_text().count("\n") == len(ours.recovery.events) == 1
+    (line,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    event = json.loads(line)
+    assert event == ours.recovery.events[0]
+    assert event["phase"] == "step"
+    assert event["seconds"] > 0
+    assert event["held_bytes"]["weights"] == sum(p.nbytes for p in ours.model.parameters()) + sum(
+        buffer.nbytes for buffer in ours.model.buffers()
+    )
+    assert event["held_bytes"]["gradients"] >= 0
+    summary = ours.recovery.summary()
+    assert summary[0] == "out of memory 1 times: 1 in step"
+    assert summary[1].startswith("the last time: freed memory and tried the same again; ")
+    assert summary[2] == f"all of it: {tmp_path / 'run' / 'events.jsonl'}"
+
+
+def test_what_an_allocation_asked_for_is_on_record():
+    record = Record(None)
+    with Watch() as watch:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 896.00 MiB. GPU 0 has …")
+    record.oom(watch, "step", "cut finer")
+    assert record.events[0]["requested_bytes"] == 896 * 2**20
+    assert record.events[0]["did"] == "cut finer"
+    assert Record(None).summary() == []
 
 
 def test_dropout_draws_the_same_again(made, tiny_llama):
