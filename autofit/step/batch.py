@@ -45,15 +45,14 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
     """Right-padded rows of `input_ids` and `labels` (same length; −100 where not trained)."""
     longest = max(len(e["input_ids"]) for e in examples)
     input_ids = torch.full((len(examples), longest), pad_token_id, dtype=torch.int64)
-    positions: list[int] = []
-    targets: list[int] = []
+    labels = torch.full((len(examples), longest), IGNORED, dtype=torch.int64)
     for row, example in enumerate(examples):
-        input_ids[row, : len(example["input_ids"])] = torch.tensor(example["input_ids"], dtype=torch.int64)
-        for column, label in enumerate(example["labels"]):
-            if column and label != IGNORED:
-                positions.append(row * longest + column - 1)
-                targets.append(label)
-    return MicroBatch(input_ids, torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64))
+        for whole, name in ((input_ids, "input_ids"), (labels, "labels")):
+            whole[row, : len(example[name])] = torch.tensor(example[name], dtype=torch.int64)
+    following = labels[:, 1:]
+    trained = following != IGNORED
+    rows, columns = trained.nonzero(as_tuple=True)
+    return MicroBatch(input_ids, rows * longest + columns, following[trained])
 
 
 def trained_tokens(examples: Sequence[Example]) -> int:
@@ -77,17 +76,21 @@ def worst_micro_batches(token_budget: int, max_seq_length: int, vocabulary: int)
     if token_budget > max_seq_length and token_budget % max_seq_length:
         rows = -(-token_budget // max_seq_length)
         shapes.append((rows, token_budget // rows))
-    return [collate(_rows(rows, length, vocabulary), pad_token_id=0) for rows, length in shapes]
+    return [_all_trained(_rows(rows, length, vocabulary)) for rows, length in shapes]
 
 
 def full_rows(rows: int, length: int, vocabulary: int) -> MicroBatch:
     """Rows of which every token is trained, for a step that makes its labels itself: without positions and targets."""
-    ids = torch.tensor([row["input_ids"] for row in _rows(rows, length, vocabulary)], dtype=torch.int64)
     nothing = torch.empty(0, dtype=torch.int64)
-    return MicroBatch(ids, nothing, nothing)
+    return MicroBatch(_rows(rows, length, vocabulary), nothing, nothing)
 
 
-def _rows(rows: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    # Different tokens, for an architecture that routes by them.
-    ids = [[(row * 31 + column) % vocabulary for column in range(length)] for row in range(rows)]
-    return [{"input_ids": row, "labels": row} for row in ids]
+def _all_trained(input_ids: torch.Tensor) -> MicroBatch:
+    """What `collate` makes of these whole rows with themselves as labels; each tensor has a storage of its own."""
+    positions = torch.arange(input_ids.numel()).view(input_ids.shape)[:, :-1]
+    return MicroBatch(input_ids, positions.clone().flatten(), input_ids[:, 1:].clone().flatten())
+
+
+def _rows(rows: int, length: int, vocabulary: int) -> torch.Tensor:
+    """int64 [rows, length]: different tokens, for an architecture that routes by them."""
+    return (torch.arange(rows).unsqueeze(1) * 31 + torch.arange(length)) % vocabulary
