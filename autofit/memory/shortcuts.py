@@ -86,9 +86,7 @@ def _slice_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _within(small: torch.Size, large: torch.Size) -> bool:
     """Whether broadcasting with the small shape leaves the large one as it is."""
-    return len(small) <= len(large) and all(
-        s in (1, n) for s, n in zip(reversed(small), reversed(large), strict=False)
-    )
+    return len(small) <= len(large) and all(s in (1, n) for s, n in zip(reversed(small), reversed(large), strict=False))
 
 
 def _dense(tensor: torch.Tensor) -> bool:
