@@ -34,6 +34,11 @@ class Ledger(TorchDispatchMode):
         self.peak_bytes = 0
         self._sizes: dict[int, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and torch's guard against it would cost more than many an operation does."""
+        return False
+
     def hold(self, tensors: Iterable[torch.Tensor]) -> None:
         """Counts tensors that were made elsewhere (parameters, buffers)."""
         for tensor in tensors:

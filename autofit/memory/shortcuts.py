@@ -28,11 +28,14 @@ def _to_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _pointwise(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One tensor, alone or with a number: its shape, strides and type."""
     source = args[0]
-    if not isinstance(source, torch.Tensor) or not _plain(source) or kwargs or not _dense(source):
+    if not isinstance(source, torch.Tensor) or not _plain(source) or kwargs:
         return None
     if any(not isinstance(a, (int, float)) for a in args[1:]):
         return None
-    return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
+    if _dense(source):
+        return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
+    strides = _without_gaps(source)
+    return strides and torch.empty_strided(source.shape, strides, dtype=source.dtype, device="meta")
 
 
 def _binary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -62,11 +65,28 @@ def _mm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return torch.empty((one.shape[0], other.shape[1]), dtype=one.dtype, device="meta")
 
 
+def _reduced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A sum or a mean over some dimensions of a contiguous tensor: contiguous as well."""
+    source, dims, keep = args[0], args[1] if len(args) > 1 else None, args[2] if len(args) > 2 else False
+    if not _plain(source) or kwargs or not dims or not source.is_contiguous():
+        return None
+    over = {dim % max(1, source.dim()) for dim in dims}
+    shape = [1 if i in over else size for i, size in enumerate(source.shape) if keep or i not in over]
+    return torch.empty(shape, dtype=source.dtype, device="meta")
+
+
+def _mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return torch.empty((), dtype=args[0].dtype, device="meta") if _plain(args[0]) and not kwargs else None
+
+
+def _slice_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Zeros of the sliced tensor's sizes, and the gradient in them."""
+    return torch.empty(args[1], dtype=args[0].dtype, device="meta") if _plain(args[0]) else None
+
+
 def _within(small: torch.Size, large: torch.Size) -> bool:
     """Whether broadcasting with the small shape leaves the large one as it is."""
-    return 0 < len(small) <= len(large) and all(
-        s in (1, n) for s, n in zip(reversed(small), reversed(large), strict=False)
-    )
+    return len(small) <= len(large) and all(s in (1, n) for s, n in zip(reversed(small), reversed(large), strict=False))
 
 
 def _dense(tensor: torch.Tensor) -> bool:
@@ -83,15 +103,34 @@ def _dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def _without_gaps(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The strides of a pointwise operation's result: in the tensor's order, no gaps. None where elements overlap."""
+    strides = [1] * tensor.dim()
+    dense = covered = 1
+    for stride, size, dim in sorted(zip(tensor.stride(), tensor.shape, range(tensor.dim()), strict=True)):
+        strides[dim] = dense
+        if size == 1:
+            continue  # its stride says nothing
+        if stride < covered:
+            return None
+        covered = stride * size
+        dense *= size
+    return tuple(strides)
+
+
 Shortcut = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 SHORTCUTS: dict[Any, Shortcut] = {
     aten._to_copy.default: _to_copy,
     aten.mm.default: _mm,
+    aten.mean.default: _mean,
+    aten.slice_backward.default: _slice_backward,
+    **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList), _reduced),
     **dict.fromkeys((aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor), _binary),
     **dict.fromkeys(
         (
             aten.mul.Scalar,
             aten.add.Scalar,
+            aten.div.Scalar,
             aten.neg.default,
             aten.silu.default,
             aten.rsqrt.default,

@@ -56,7 +56,8 @@ class Trace:
         keys, sizes: event by event: which allocation, and its bytes (`FREED` where it ends).
         sections: where each stretch begins: (index of its first event, index of its first operation, section).
         flops, moved, grows: of each operation: multiply-adds × 2, bytes read and written, and with which power of the
-            length its tensors grow, 0 if not with the rows either (known only where there is a `Template`).
+            length its tensors grow, 0 if not with the rows either, or if it moves nothing (known only where there is a
+            `Template`).
         labels: what an allocation is, where more is known than when it lives ("weights", "gradients", …).
         guesses: how often a value that nobody has was made up, by what for.
         gathered: layers from which the head and the loss take something. More than one (router logits): what they make
@@ -207,14 +208,14 @@ class Tracer(Ledger):
         flops, moved = operation_work(func, args, out)
         self.trace.flops.append(flops)
         self.trace.moved.append(moved)
-        self.trace.grows.append(self._grows((args, (out,))))
+        self.trace.grows.append(self._grows((args, (out,))) if moved else 0)
         return out
 
     def _grows(self, tensors: Any) -> int:
         if self._template is None:
             return 0
-        counts = [t.numel() for t in _among(tensors) if t.numel()]
-        if not any(count % self._template.rows == 0 for count in counts):
+        counts = {t.numel() for t in _among(tensors)} - {0}
+        if all(count % self._template.rows for count in counts):
             return 0
         return max(1, *(self._template.length_power(count) for count in counts))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Hashable, Iterator
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config
 from autofit.step.model import checkpointable_layers, checkpointing_flags, empty_base, with_placeholders
+from autofit.step.offload import STASHED
 from autofit.step.policy import resolve_policy
 from autofit.step.rehearsal import Rehearsal
 from autofit.step.step import Step, build_step, costliest_batches
@@ -71,8 +73,7 @@ def trace_candidate(
     num_layers = len(checkpointable_layers(skeleton))
     flags = checkpointing_flags(candidate, num_layers)
     layers = list(range(num_layers))
-    # TRL's offloading keeps a tensor until the fifth after it.
-    reach = 6 if candidate.offload_activations == "all" else 1
+    reach = _reach(candidate, flags)
     if not whole:
         kinds = list(zip(layer_kinds(skeleton), flags, strict=True))
         kept = kept_layers(kinds, reach)
@@ -106,6 +107,19 @@ def trace_candidate(
         once=once,
         tokens=tokens,
     )
+
+
+def _reach(candidate: Candidate, flags: Sequence[bool]) -> int:
+    """How many layers away a layer may let something go, with these of all layers checkpointed.
+
+    TRL's offloading keeps a tensor until a later one is sent away, the fifth at the earliest. A layer that recomputes
+    may save one only; any other saves more than that, so that its own are gone before the next such layer has ended.
+    One more layer, because what is let go there hangs on what the layer before had kept.
+    """
+    if candidate.offload_activations != "all":
+        return 1
+    longest = max(len(list(run)) if flag else 0 for flag, run in itertools.groupby(flags))
+    return 1 + min(longest + 1, STASHED)
 
 
 def workspace_bytes(device: DeviceFacts) -> int:

@@ -119,10 +119,11 @@ class Values:
         key = storage._cdata
         if key in self._known or tensor.numel() == 0:
             return
-        real = torch.UntypedStorage(storage.nbytes())
-        torch.empty(0, dtype=torch.uint8).set_(real).zero_()
-        self._known[key] = real
         weakref.finalize(storage, self._known.pop, key, None)
+        if tensor.is_contiguous() and tensor.nbytes == storage.nbytes():
+            self._known[key] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(value).untyped_storage()
+            return
+        self._known[key] = torch.zeros(storage.nbytes(), dtype=torch.uint8).untyped_storage()
         shadow = self.shadow(tensor)
         assert shadow is not None
         shadow.copy_(value)
@@ -146,7 +147,7 @@ class Values:
 
     def _learn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outs: tuple[torch.Tensor, ...]) -> None:
         hollow = [t for t in outs if t.device.type == "meta"]
-        if not hollow:
+        if not hollow or func.namespace == "bitsandbytes":  # quantized numbers, which nobody reads
             return
         schema = func._schema
         writes = schema.is_mutable
@@ -269,6 +270,13 @@ class Values:
         self.guess(f"a {str(tensor.dtype).removeprefix('torch.')} read by the host")
         return True, self.fill if tensor.dtype is torch.bool else 1.0 if tensor.dtype.is_floating_point else 0
 
+    def _draw(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
+        """So many random numbers on the host are an adapter's, on its way to the device: nobody reads them."""
+        tensor = args[0]
+        if tensor.device.type == "meta" or tensor.numel() <= MAX_KNOWN_FLOATS:
+            return False, args
+        return True, tensor.zero_()
+
     def _equal(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
         with _disable_current_modes():
             one, other = self.shadow(args[0]), self.shadow(args[1])
@@ -343,6 +351,7 @@ _Handler = Callable[[Values, Any, Any, Any], tuple[bool, Any]]
 _SPECIAL: dict[Any, _Handler] = {
     aten._local_scalar_dense.default: Values._item,
     aten.equal.default: Values._equal,
+    aten.uniform_.default: Values._draw,
     aten._to_copy.default: Values._to_host,
     aten.copy_.default: Values._to_host,
     **dict.fromkeys(INDEXING, Values._by_mask),

@@ -134,10 +134,10 @@ def full_rows(rows: int, length: int, vocabulary: int) -> MicroBatch:
 
 
 def _filled(rows: int, length: int, vocabulary: int) -> MicroBatch:
-    """`collate` of whole rows of which every token is trained."""
+    """`collate` of whole rows of which every token is trained; each tensor has a storage of its own."""
     ids = _ids(rows, length, vocabulary)
-    positions = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
-    return MicroBatch(ids, positions, ids[:, 1:].flatten())
+    positions = torch.arange(rows * length).view(rows, length)[:, :-1]
+    return MicroBatch(ids, positions.clone().flatten(), ids[:, 1:].clone().flatten())
 
 
 def _ids(rows: int, length: int, vocabulary: int) -> torch.Tensor:

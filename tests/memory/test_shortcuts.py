@@ -12,11 +12,10 @@ SIZES = st.integers(0, 4)
 SHAPES = st.lists(SIZES, max_size=4).map(tuple)
 IN_PLACE = (aten.uniform_.default, aten.normal_.default, aten.add_.Tensor, aten.mul_.Tensor)
 TWO = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
-ONE = tuple(
-    operation
-    for operation in SHORTCUTS
-    if operation not in (*IN_PLACE, *TWO, aten._to_copy.default, aten.mm.default, aten.silu_backward.default)
-)
+REDUCED = (aten.mean.dim, aten.sum.dim_IntList)
+OTHERS = (aten._to_copy.default, aten.mm.default, aten.silu_backward.default, aten.slice_backward.default)
+ONE = tuple(operation for operation in SHORTCUTS if operation not in (*IN_PLACE, *TWO, *REDUCED, *OTHERS))
+NUMBERS = {aten.mul.Scalar: (2.5,), aten.add.Scalar: (1,), aten.div.Scalar: (3,), aten.pow.Tensor_Scalar: (2,)}
 
 
 @st.composite
@@ -66,10 +65,26 @@ def same_as_torch(operation, args, kwargs=None):
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(ONE), tensors(dtypes=(*FLOATS, torch.int64, torch.bool)))
 def test_one_tensor(operation, tensor):
-    numbers = {aten.mul.Scalar: (2.5,), aten.add.Scalar: (1,), aten.pow.Tensor_Scalar: (2,)}
-    if tensor.dtype is torch.bool and operation is aten.neg.default:
+    if operation in (aten.neg.default, aten.mean.default) and not tensor.is_floating_point():
         return  # torch refuses
-    same_as_torch(operation, (tensor, *numbers.get(operation, ())))
+    same_as_torch(operation, (tensor, *NUMBERS.get(operation, ())))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(REDUCED), tensors(), st.data())
+def test_reductions(operation, tensor, data):
+    if not tensor.dim():
+        return
+    dims = data.draw(st.lists(st.integers(-tensor.dim(), tensor.dim() - 1), unique_by=lambda d: d % tensor.dim()))
+    same_as_torch(operation, (tensor, dims, *data.draw(st.sampled_from(((), (True,), (False,))))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tensors(), st.integers(0, 3))
+def test_the_gradient_of_a_slice(gradient, more):
+    if gradient.dim():
+        sizes = [gradient.shape[0] + more, *gradient.shape[1:]]
+        same_as_torch(aten.slice_backward.default, (gradient, sizes, 0, more, sizes[0], 1))
 
 
 @settings(max_examples=250, deadline=None)
@@ -119,9 +134,9 @@ def test_in_place_operations_give_back_their_tensor(operation, tensor):
 def test_every_shortcut_answers_for_plain_tensors():
     for operation, shortcut in SHORTCUTS.items():
         two = operation in (*TWO, aten.mm.default, aten.silu_backward.default, aten.add_.Tensor, aten.mul_.Tensor)
-        number = operation in (aten.mul.Scalar, aten.add.Scalar, aten.pow.Tensor_Scalar)
         tensor = torch.empty(4, 4, device="meta")
-        args = (tensor, tensor) if two else (tensor, 2) if number else (tensor,)
+        more = {**NUMBERS, **dict.fromkeys(REDUCED, ([1],)), aten.slice_backward.default: ((4, 6), 1, 0, 4, 1)}
+        args = (tensor, tensor) if two else (tensor, *more.get(operation, ()))
         assert shortcut(args, {}) is not None, operation
 
 
