@@ -16,7 +16,7 @@ from autofit.errors import AutofitError, OutOfBudget
 from autofit.space.candidate import Candidate
 from autofit.step.batch import Example, micro_batches, trained_tokens
 from autofit.step.step import Step
-from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, held_bytes, retried
+from autofit.training.recovery.faults import QUIET_STEPS, Record, Strain, Watch, free_memory, held_bytes, retried
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.recomputing import keeps_some, recomputing
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -55,6 +55,7 @@ class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
         self.pad_token_id = pad_token_id
         self._token_budget = self._eval_budget = candidate.token_budget
         self._quiet = 0
+        self._strain = Strain()
         self._tokens = {"tokens": 0, "padded_tokens": 0}
         self.recovery = Record(args.output_dir)
         super().__init__(model=step.model, args=args, data_collator=collate_global_batch, **kwargs)
@@ -105,6 +106,9 @@ class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
         self._tokens["tokens"] += sum(len(example["input_ids"]) for example in examples)
         self._tokens["padded_tokens"] += sum(batch.padded_tokens for batch in batches)
         self._grow_back(quiet=same_again)
+        if self._strain.after_step() and self._token_budget > longest:
+            self._token_budget = max(longest, self._token_budget // 2)
+            self.recovery.add("strain", step=self.state.global_step, tokens=self._token_budget)
         self.step.before_optimizer(self.optimizer.optimizer)  # type: ignore[union-attr]  # accelerate wraps it
         return loss
 

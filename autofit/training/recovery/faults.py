@@ -62,6 +62,34 @@ class Watch:
         return True
 
 
+def allocator_retries() -> int:
+    """How often the allocator had to give its cache back to find room, in this process; 0 without a GPU."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return 0
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
+
+class Strain:
+    """Notices that the allocator finds room, step after step, only by giving its cache back: slow, and soon too little.
+
+    Once is how a cache makes room for other sizes.
+    """
+
+    def __init__(self) -> None:
+        self._retries = 0
+        self._steps = 0
+
+    def after_step(self) -> bool:
+        """Whether this step and the one before were such."""
+        retries = allocator_retries()
+        self._steps = self._steps + 1 if retries > self._retries else 0
+        self._retries = retries
+        if self._steps < 2:
+            return False
+        self._steps = 0
+        return True
+
+
 def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
     """What of the device's memory weights, gradients and optimizer states hold; on a GPU also what all else does.
 

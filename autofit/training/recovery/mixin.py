@@ -15,7 +15,7 @@ from autofit.errors import OutOfBudget
 from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
 from autofit.training.recovery.evaluating import RecoveringEvaluation
-from autofit.training.recovery.faults import QUIET_STEPS, Record, Watch, free_memory, held_bytes, retried
+from autofit.training.recovery.faults import QUIET_STEPS, Record, Strain, Watch, free_memory, held_bytes, retried
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.recomputing import keeps_some, recomputing
 from autofit.training.recovery.refusals import check_arguments, check_trainer
@@ -58,6 +58,7 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
         self._window: _Window | None = None
         self._most_tokens: int | None = None
         self._quiet = 0
+        self._strain = Strain()
         self._kind: LossKind | None = None
         if trainer.optimizer is not None:
             all_or_nothing(trainer.optimizer, self.recovery)
@@ -143,6 +144,8 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
                 self._attempt(model, pieces, items, recompute, losses)
             if watch.fault is None:
                 self._grow_back(batches, quiet=same_again and not recompute)
+                if self._strain.after_step():
+                    self._ease(model, batches, items, pieces)
                 return losses
             failed = pieces[min(len(losses), len(pieces) - 1)]
             del losses
@@ -227,6 +230,15 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
         if kind is not None:
             self.recovery.add("loss", kind=kind.value)
         return kind
+
+    def _ease(self, model: nn.Module, batches: Sequence[Any], items: Any, pieces: Sequence[Piece]) -> None:
+        """The next steps in smaller pieces, before one fails."""
+        if self._kind is None:
+            self._kind = self._measured_kind(model, batches, items, Snapshot(self, model))
+        most = None if self._kind is None else finer(max(pieces, key=lambda piece: piece.tokens), self._kind)
+        if most is not None:
+            self._most_tokens = most
+            self.recovery.add("strain", step=self.state.global_step, most_tokens=most)  # type: ignore[attr-defined]
 
     def _grow_back(self, batches: Sequence[Any], quiet: bool) -> None:
         self._quiet = self._quiet + 1 if quiet else 0

@@ -179,6 +179,17 @@ def test_events_are_kept_in_the_run_s_folder(made, tmp_path):
     assert summary[2] == f"all of it: {tmp_path / 'run' / 'events.jsonl'}"
 
 
+def test_an_allocator_that_strains_makes_the_next_steps_smaller(made, monkeypatch):
+    counts = iter([0, 1, 1, 2, 3, 3, 3])  # once is nothing; twice in a row is
+    monkeypatch.setattr(faults, "allocator_retries", lambda: next(counts))
+    start, expected = trained(made(Trainer, max_steps=7))
+    ours = made(AutoFitTrainer, max_steps=7)
+    _, found = trained(ours)
+    eased = [event for event in ours.recovery.events if event["event"] == "strain"]
+    assert [event["step"] for event in eased] == [4]
+    assert farthest(expected, found, start) < 1e-5
+
+
 def test_what_an_allocation_asked_for_is_on_record():
     record = Record(None)
     with Watch() as watch:
