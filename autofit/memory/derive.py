@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,9 @@ from autofit.errors import UsageError
 from autofit.memory.allocator import UNIT_BYTES
 from autofit.memory.calibration import ON_CPU, UNCALIBRATED, Calibration
 from autofit.memory.estimate import Estimate, estimate, replay, spliced, traced_as
+from autofit.memory.families import cost, families, kin, shape_of
 from autofit.memory.growth import (
     Template,
-    alike_lengths,
     basis,
     constant,
     template_for_length,
@@ -28,9 +29,9 @@ from autofit.memory.growth import (
 from autofit.memory.roofline import Growing
 from autofit.memory.splice import Unspliceable
 from autofit.memory.trace import FREED, STATIC, Trace
+from autofit.memory.tracing import Traced
 from autofit.space.candidate import Candidate
 from autofit.space.cards import card_of
-from autofit.space.cut import BLOCK_TOKENS, whole_blocks
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config
@@ -40,7 +41,8 @@ _MIDDLING_TOKENS = 8192
 # Blocks of a packed row from which on hardly a tensor is too small to be offloaded.
 _SOME_BLOCKS = 16
 
-_Question = tuple[list[Candidate], ModelSource, DeviceFacts, Calibration | None]
+_Answers = list[Estimate | UsageError]
+_Question = tuple[list[list[Candidate]], ModelSource, DeviceFacts, Calibration | None]
 
 
 @contextlib.contextmanager
@@ -73,50 +75,34 @@ def estimate_many(
     share a trace, and they come without a breakdown's details. `pool` is that of `side_by_side`; without one they are
     made in this process.
     """
-    families = sorted(_families(candidates, source), key=lambda indices: -_layers_traced(candidates[indices[0]]))
-    questions = [([candidates[i] for i in indices], source, device, calibration) for indices in families]
+    related = sorted(kin(candidates, families(candidates, source), source), key=lambda k: -cost(candidates, k))
+    questions = [
+        ([[candidates[i] for i in indices] for indices in group], source, device, calibration) for group in related
+    ]
     found: dict[int, Estimate | UsageError] = {}
-    for indices, answers in zip(families, (pool.map if pool else map)(_answer, questions), strict=True):
-        found.update(zip(indices, answers, strict=True))
+    for group, answers in zip(related, (pool.map if pool else map)(_answer, questions), strict=True):
+        for indices, some in zip(group, answers, strict=True):
+            found.update(zip(indices, some, strict=True))
     return [found[i] for i in range(len(candidates))]
 
 
-def _answer(question: _Question) -> list[Estimate | UsageError]:
+def _answer(question: _Question) -> list[_Answers]:
+    """The estimates of each of the families, which may share a trace."""
+    related, source, device, calibration = question
+    counts = tuple(members[0].checkpointed_layers for members in related)
+    return [_of_family(members, counts, source, device, calibration) for members in related]
+
+
+def _of_family(
+    members: list[Candidate],
+    counts: tuple[int, ...],
+    source: ModelSource,
+    device: DeviceFacts,
+    calibration: Calibration | None,
+) -> _Answers:
     """One family's estimates: from one trace where that does, else one by one."""
-    members, source, device, calibration = question
-    derived = _derive(members, source, device, calibration) if len(members) > 1 else None
+    derived = _derive(members, counts, source, device, calibration) if len(members) > 1 else None
     return derived or [_one(member, source, device, calibration) for member in members]
-
-
-def _families(candidates: Sequence[Candidate], source: ModelSource) -> list[list[int]]:
-    """Indices of the candidates, together where one trace may do for all."""
-    groups: dict[Candidate, list[int]] = {}
-    for i, candidate in enumerate(candidates):
-        alike = candidate.replace(tokens_per_micro_batch=None).replace(micro_batch_size=1, max_seq_length=1)
-        groups.setdefault(alike, []).append(i)
-    if len(groups) == len(candidates):
-        return list(groups.values())
-    config = load_config(source).to_dict()
-    families = []
-    for indices in groups.values():
-        if candidates[indices[0]].layout == "packed":
-            families.append(indices)
-            continue
-        for lengths in alike_lengths(config, [candidates[i].max_seq_length for i in indices]):
-            families.append([i for i in indices if candidates[i].max_seq_length in lengths])
-    return families
-
-
-def _shape(candidate: Candidate) -> tuple[int, int]:
-    """Rows and length of its costliest micro-batch; of a packed one, its blocks and what is in each."""
-    if candidate.layout == "packed":
-        return max(candidate.token_budget, whole_blocks(candidate.max_seq_length)) // BLOCK_TOKENS, BLOCK_TOKENS
-    return candidate.micro_batch_size, candidate.max_seq_length
-
-
-def _layers_traced(candidate: Candidate) -> int:
-    """By how much one takes longer to trace than another: what takes longest should not be begun last."""
-    return (candidate.checkpointed_layers > 0) + 10 * (candidate.offload_activations == "all")
 
 
 def _one(
@@ -129,13 +115,17 @@ def _one(
 
 
 def _derive(
-    members: list[Candidate], source: ModelSource, device: DeviceFacts, calibration: Calibration | None
-) -> list[Estimate | UsageError] | None:
+    members: list[Candidate],
+    counts: tuple[int, ...],
+    source: ModelSource,
+    device: DeviceFacts,
+    calibration: Calibration | None,
+) -> _Answers | None:
     """Estimates from one trace of a prime number of rows; None where that does not do for these candidates."""
     packed = members[0].layout == "packed"
     if not packed and any(m.token_budget != m.micro_batch_size * m.max_seq_length for m in members):
         return None
-    lengths = sorted({_shape(member)[1] for member in members})
+    lengths = sorted({shape_of(member)[1] for member in members})
     config = load_config(source).to_dict()
     # What offloading all leaves where it is depends on its size.
     any_length = None if members[0].offload_activations == "all" else template_for_lengths(config, lengths)
@@ -144,7 +134,7 @@ def _derive(
         templates = (template_for_packed(config, max(m.max_seq_length for m in members)), None)
     for template in filter(None, templates):
         try:
-            family = _Family.of(members[0], template, lengths, source, device, calibration)
+            family = _Family.of(members[0], counts, template, lengths, source, device, calibration)
         except UsageError:
             return None  # one by one they say why, and what cannot be traced with many rows may be with few
         if family is not None:
@@ -154,8 +144,28 @@ def _derive(
     found: dict[Candidate, Estimate | UsageError] = {}
     for length in lengths:
         some = [m for m in members if m.max_seq_length == length]
-        found.update(zip(some, _answer((some, source, device, calibration)), strict=True))
+        found.update(zip(some, _of_family(some, counts, source, device, calibration), strict=True))
     return [found[m] for m in members]
+
+
+def _traced(
+    member: Candidate, counts: tuple[int, ...], template: Template, source: ModelSource, device: DeviceFacts
+) -> Traced:
+    """The trace of a candidate: that of all these numbers of checkpointed layers where it serves this one."""
+    plain = member.replace(tokens_per_micro_batch=None, checkpointed_layers=counts[0]).replace(micro_batch_size=1)
+    if member.layout == "padded":
+        plain = plain.replace(max_seq_length=1)  # the template's will be taken
+    shared = _shared_trace(plain, counts[1:], template, source, device)
+    if member.checkpointed_layers in shared.layers:
+        return shared
+    return traced_as(member, template, source, device)
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_trace(
+    candidate: Candidate, others: tuple[int, ...], template: Template, source: ModelSource, device: DeviceFacts
+) -> Traced:
+    return traced_as(candidate, template, source, device, others)
 
 
 # By what was asked: the fewest rows from which on derived events are the traced ones; None: they never are.
@@ -163,7 +173,13 @@ _checked: dict[Any, int | None] = {}
 
 
 def _least_rows(
-    trace: Trace, template: Template, length: int, member: Candidate, source: ModelSource, device: DeviceFacts
+    trace: Trace,
+    template: Template,
+    length: int,
+    member: Candidate,
+    counts: tuple[int, ...],
+    source: ModelSource,
+    device: DeviceFacts,
 ) -> int | None:
     """From how many rows on the template's trace tells what another micro-batch takes; None where it does not.
 
@@ -175,7 +191,7 @@ def _least_rows(
         growth = _growth_of_events(trace)
         _checked[key] = None
         for rows in (2, _SOME_BLOCKS) if member.layout == "packed" else (1, 2):
-            real = traced_as(member, Template(rows, length, None), source, device).trace
+            real = _traced(member, counts, Template(rows, length, None), source, device).trace
             if real.keys == trace.keys and _sizes(growth, trace, rows, length) == real.sizes:
                 _checked[key] = rows
                 break
@@ -222,6 +238,7 @@ class _Family:
     def of(
         cls,
         member: Candidate,
+        counts: tuple[int, ...],
         template: Template,
         lengths: Sequence[int],
         source: ModelSource,
@@ -236,13 +253,18 @@ class _Family:
         if _checked.get(_kind(template, lengths[0], member, source, device), 1) is None:
             return None
         with contextlib.suppress(Unspliceable):
-            traced = traced_as(member, template, source, device)
+            traced = _traced(member, counts, template, source, device)
             if traced.trace.guesses or traced.undecided or _misleads(template, traced.trace):
                 return None
-            least_rows = _least_rows(traced.trace, template, lengths[0], member, source, device)
+            least_rows = _least_rows(traced.trace, template, lengths[0], member, counts, source, device)
             if least_rows is None:
                 return None
-            trace = spliced(traced)
+            try:
+                trace = spliced(traced, member.checkpointed_layers)
+            except Unspliceable:
+                if len(counts) == 1:
+                    raise
+                return cls.of(member, (member.checkpointed_layers,), template, lengths, source, device, calibration)
             card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
             family = cls(
                 candidate=member,
@@ -279,7 +301,7 @@ class _Family:
 
     def estimate(self, member: Candidate) -> Estimate | None:
         """A member's estimate; None where it is none."""
-        rows, length = _shape(member)
+        rows, length = shape_of(member)
         if rows < self.least_rows:
             return None
         peak, at = self.peak(rows, length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -69,8 +69,10 @@ def estimate(
         return _estimate(candidate, source, device, calibration)
 
 
-def traced_as(candidate: Candidate, template: Template, source: ModelSource, device: DeviceFacts) -> Traced:
-    """The trace of a candidate with the template's micro-batch, which stands for any other.
+def traced_as(
+    candidate: Candidate, template: Template, source: ModelSource, device: DeviceFacts, counts: Sequence[int] = ()
+) -> Traced:
+    """The trace of a candidate with the template's micro-batch, which stands for any other. For `counts` see there.
 
     Raises:
         UsageError: as `estimate` does.
@@ -84,7 +86,7 @@ def traced_as(candidate: Candidate, template: Template, source: ModelSource, dev
     else:
         grown = grown.replace(micro_batch_size=template.rows, max_seq_length=template.length)
     with _named(source):
-        return trace_candidate(grown, source, device, template=template)
+        return trace_candidate(grown, source, device, template=template, counts=counts)
 
 
 @contextlib.contextmanager
@@ -133,18 +135,18 @@ def whole_trace(
     """
     with contextlib.suppress(Unspliceable):
         traced = trace_candidate(candidate, source, device, fill=fill)
-        return traced, spliced(traced)
+        return traced, spliced(traced, candidate.checkpointed_layers)
     traced = trace_candidate(candidate, source, device, whole=True, fill=fill)
     return traced, traced.trace
 
 
-def spliced(traced: Traced) -> Trace:
-    """The trace of all layers and both optimizer steps.
+def spliced(traced: Traced, checkpointed_layers: int) -> Trace:
+    """The trace of all layers, so many of them checkpointed, and of both optimizer steps.
 
     Raises:
         Unspliceable: a layer reaches too far.
     """
-    trace = splice(traced.trace, traced.layers, traced.reach)
+    trace = splice(traced.trace, traced.layers[checkpointed_layers], traced.reach)
     return repeat_step(trace) if traced.once else trace
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from autofit.step.model import checkpointable_layers
 
 _EDGE = object()
+_Kind = TypeVar("_Kind", bound=Hashable)
 
 
 def kept_layers(kinds: Sequence[Hashable], reach: int = 1) -> list[int]:
@@ -22,8 +23,21 @@ def kept_layers(kinds: Sequence[Hashable], reach: int = 1) -> list[int]:
 
     A neighbourhood is a layer's kind with those of the `reach` layers before and after it.
     """
+    return _fewest(kinds, set(_neighbourhoods(kinds, reach)), reach)
+
+
+def shared_row(rows: Sequence[Sequence[_Kind]], reach: int = 1) -> list[_Kind] | None:
+    """Kinds in a row that show every neighbourhood of all these rows; None where rows begin or end differently."""
+    joined = [kind for row in rows for kind in row]
+    wanted = {neighbourhood for row in rows for neighbourhood in _neighbourhoods(row, reach)}
+    if not wanted <= set(_neighbourhoods(joined, reach)):
+        return None
+    return [joined[i] for i in _fewest(joined, wanted, reach)]
+
+
+def _fewest(kinds: Sequence[Hashable], wanted: set[Hashable], reach: int) -> list[int]:
+    """Indices that are left when no more can be taken out without losing a wanted neighbourhood."""
     kept = list(range(len(kinds)))
-    wanted = set(_neighbourhoods(kinds, reach))
     size = len(kept) // 2
     while size:
         start = 0
@@ -39,10 +53,15 @@ def kept_layers(kinds: Sequence[Hashable], reach: int = 1) -> list[int]:
 
 def stands_for(kinds: Sequence[Hashable], kept: Sequence[int], reach: int = 1) -> list[int]:
     """For every layer of the whole row the position, among the kept ones, of one with the same neighbourhood."""
-    shown: dict[Hashable, int] = {}
-    for position, neighbourhood in enumerate(_neighbourhoods([kinds[i] for i in kept], reach)):
-        shown.setdefault(neighbourhood, position)
-    return [shown[neighbourhood] for neighbourhood in _neighbourhoods(kinds, reach)]
+    return places_in([kinds[i] for i in kept], kinds, reach)
+
+
+def places_in(shown: Sequence[Hashable], kinds: Sequence[Hashable], reach: int = 1) -> list[int]:
+    """The same, where the kept ones are a row of their own."""
+    places: dict[Hashable, int] = {}
+    for position, neighbourhood in enumerate(_neighbourhoods(shown, reach)):
+        places.setdefault(neighbourhood, position)
+    return [places[neighbourhood] for neighbourhood in _neighbourhoods(kinds, reach)]
 
 
 def _neighbourhoods(kinds: Sequence[Hashable], reach: int) -> list[Hashable]:

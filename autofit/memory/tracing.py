@@ -14,7 +14,7 @@ import torch
 from autofit.memory.attention import rules_of
 from autofit.memory.dispatch import Dispatch
 from autofit.memory.growth import Template
-from autofit.memory.shrink import keep_layers, kept_layers, layer_kinds, stands_for
+from autofit.memory.shrink import keep_layers, kept_layers, layer_kinds, places_in, shared_row, stands_for
 from autofit.memory.trace import AFTER, BACKWARD, BEFORE, BETWEEN, FORWARD, OPTIMIZER, Section, Trace, Tracer
 from autofit.memory.values import Values
 from autofit.space.candidate import Candidate
@@ -34,7 +34,8 @@ class Traced:
 
     Attributes:
         trace: of the layers that were traced.
-        layers: for each layer of the model, in order, which traced one stands for it.
+        layers: by how many layers are checkpointed: for each layer of the model, in order, which traced one stands for
+            it.
         reach: how many layers away a layer may let something go.
         paged_bytes: optimizer states in managed memory, which no allocator counts.
         undecided: whether a kernel takes more where values say so (int8's outliers).
@@ -43,7 +44,7 @@ class Traced:
     """
 
     trace: Trace
-    layers: list[int]
+    layers: dict[int, list[int]]
     reach: int
     paged_bytes: int
     undecided: bool
@@ -59,11 +60,13 @@ def trace_candidate(
     whole: bool = False,
     fill: bool = False,
     template: Template | None = None,
+    counts: Sequence[int] = (),
 ) -> Traced:
     """Traces a candidate on a device that need not be there.
 
     A few layers stand for all, unless `whole`. `fill` is what unknown masks are taken for (see `Values`); with a
-    `template` the candidate's micro-batch has its size, and stands for any other (see `Tracer`).
+    `template` the candidate's micro-batch has its size, and stands for any other (see `Tracer`). `counts` are other
+    numbers of checkpointed layers that the trace is to serve as well, where one row of layers can.
 
     Raises:
         UsageError: no such model, or a candidate that cannot be built.
@@ -72,13 +75,12 @@ def trace_candidate(
     skeleton = empty_base(load_config(source), policy.weight_dtype, policy.attention, source.trust_remote_code)
     num_layers = len(checkpointable_layers(skeleton))
     flags = checkpointing_flags(candidate, num_layers)
-    layers = list(range(num_layers))
+    layers = {candidate.checkpointed_layers: list(range(num_layers))}
     reach = _reach(candidate, flags)
     if not whole:
-        kinds = list(zip(layer_kinds(skeleton), flags, strict=True))
-        kept = kept_layers(kinds, reach)
-        if len(kept) < num_layers and keep_layers(skeleton, kept):
-            layers, flags = stands_for(kinds, kept, reach), [flags[i] for i in kept]
+        row = _Row.of(skeleton, candidate, counts, reach)
+        if len(row.kept) < num_layers and keep_layers(skeleton, row.kept):
+            layers, flags = row.layers, row.flags
     with_placeholders(skeleton, candidate, policy)
     built = candidate.replace(checkpointed_layers=len(flags) if any(flags) else 0)
     on_cpu = device.type == "cpu"
@@ -107,6 +109,36 @@ def trace_candidate(
         once=once,
         tokens=tokens,
     )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The layers that are traced: indices of the model's, whether each recomputes, and for which they stand."""
+
+    kept: list[int]
+    flags: list[bool]
+    layers: dict[int, list[int]]
+
+    @classmethod
+    def of(cls, skeleton: Any, candidate: Candidate, counts: Sequence[int], reach: int) -> _Row:
+        """A row for all numbers of checkpointed layers; where there is none, or layers differ, for the candidate's."""
+        kinds = layer_kinds(skeleton)
+
+        def row_of(count: int) -> list[tuple[Hashable, bool]]:
+            flags = checkpointing_flags(candidate.replace(checkpointed_layers=count), len(kinds))
+            return list(zip(kinds, flags, strict=True))
+
+        own = row_of(candidate.checkpointed_layers)
+        rows = {candidate.checkpointed_layers: own}
+        if counts and len(set(kinds)) == 1:
+            rows.update((count, row_of(count)) for count in counts)
+        shown = shared_row(list(rows.values()), reach) if len(rows) > 1 else None
+        if shown is not None:
+            layers = {count: places_in(shown, row, reach) for count, row in rows.items()}
+            return cls(list(range(len(shown))), [flag for _, flag in shown], layers)
+        kept = kept_layers(own, reach)
+        layers = {candidate.checkpointed_layers: stands_for(own, kept, reach)}
+        return cls(kept, [own[i][1] for i in kept], layers)
 
 
 def _reach(candidate: Candidate, flags: Sequence[bool]) -> int:

@@ -13,6 +13,7 @@ from transformers import (
 
 from autofit.errors import UsageError
 from autofit.memory import estimate as estimating
+from autofit.memory import tracing
 from autofit.memory.calibration import Calibration
 from autofit.memory.derive import estimate_many, side_by_side
 from autofit.memory.estimate import estimate
@@ -34,6 +35,7 @@ SIZES = {
 }
 MODELS = {
     "llama": LlamaConfig(**SIZES),
+    "deep": LlamaConfig(**{**SIZES, "num_hidden_layers": 32}),
     "window": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=512),
     "capped": Gemma2Config(**SIZES, head_dim=16, sliding_window=128),
     "fused": Phi3Config(**SIZES, pad_token_id=0, sliding_window=None),
@@ -149,3 +151,24 @@ def test_processes_side_by_side_say_the_same(sources):
     with side_by_side() as pool:
         together = estimate_many(candidates, sources["llama"], H200, calibration, pool)
     assert together == alone
+
+
+def test_numbers_of_checkpointed_layers_share_a_trace(sources, traces):
+    base = BASE.replace(checkpointed_layers=1)
+    candidates = [c for n in (6, 7) for c in of(base.replace(checkpointed_layers=n), (1, 256), (4, 256))]
+    found = estimate_many(candidates, sources["deep"], H200)
+    assert len([rows for rows, _ in traces if rows > 4]) == 1
+    for candidate, estimated in zip(candidates, found, strict=True):
+        traced = estimate(candidate, sources["deep"], H200)
+        assert estimated.peak_allocated_bytes == traced.peak_allocated_bytes
+        assert estimated.peak_phase == traced.peak_phase
+
+
+def test_a_trace_that_serves_one_number_only_is_made_for_each(sources, traces, monkeypatch):
+    monkeypatch.setattr(tracing, "shared_row", lambda rows, reach: None)
+    candidates = [c for n in (6, 7) for c in of(BASE.replace(checkpointed_layers=n), (1, 256), (4, 256))]
+    found = estimate_many(candidates, sources["deep"], H200)
+    assert len([rows for rows, _ in traces if rows > 4]) == 2
+    assert [f.peak_allocated_bytes for f in found] == [
+        estimate(candidate, sources["deep"], H200).peak_allocated_bytes for candidate in candidates
+    ]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, Qwen3MoeConfig
 
-from autofit.memory.shrink import keep_layers, kept_layers, layer_kinds, stands_for
+from autofit.memory.shrink import keep_layers, kept_layers, layer_kinds, places_in, shared_row, stands_for
 from autofit.step.model import checkpointable_layers, empty_base
 
 KINDS = st.lists(st.sampled_from("abc"), min_size=1, max_size=30)
@@ -40,6 +40,18 @@ def test_the_first_and_the_last_stand_for_themselves_alone(kinds, reach):
 def test_nothing_can_be_taken_from_what_was_kept(kinds, reach):
     shown = [kinds[i] for i in kept_layers(kinds, reach)]
     assert kept_layers(shown, reach) == list(range(len(shown)))
+
+
+@given(st.lists(st.one_of(KINDS, PERIODS), min_size=1, max_size=3), REACH)
+def test_a_shared_row_has_a_place_for_each_layer_of_every_row(rows, reach):
+    shown = shared_row(rows, reach)
+    if shown is None:
+        ends = {(tuple(row[: 2 * reach]), tuple(row[-2 * reach :])) for row in rows}
+        assert len(ends) > 1 or min(map(len, rows)) < 2 * reach
+        return
+    for kinds in rows:
+        for layer, place in enumerate(places_in(shown, kinds, reach)):
+            assert around(shown, place, reach) == around(kinds, layer, reach)
 
 
 @pytest.mark.parametrize(("layers", "reach", "expected"), [(80, 1, 3), (80, 6, 13), (3, 1, 3), (2, 1, 2), (1, 1, 1)])

@@ -54,7 +54,11 @@ def sources(tmp_path_factory):
 def both(candidate, source, device=H200):
     """(put together from a few layers, of all layers, layers that were traced)"""
     few = trace_candidate(candidate, source, device)
-    return spliced(few), trace_candidate(candidate, source, device, whole=True).trace, len(set(few.layers))
+    return (
+        spliced(few, candidate.checkpointed_layers),
+        trace_candidate(candidate, source, device, whole=True).trace,
+        len(set(few.layers[candidate.checkpointed_layers])),
+    )
 
 
 def told(trace):
@@ -143,7 +147,7 @@ def test_a_loss_of_all_layers_routers_is_traced_whole(sources):
     candidate = PLAIN.replace(step="sft")
     few = trace_candidate(candidate, sources["experts"], H200)
     with pytest.raises(Unspliceable, match="takes something from each of the layers"):
-        spliced(few)
+        spliced(few, 0)
     _, found = whole_trace(candidate, sources["experts"], H200)
     assert told(found) == told(trace_candidate(candidate, sources["experts"], H200, whole=True).trace)
 
@@ -177,9 +181,9 @@ def test_a_release_from_too_far_away_is_refused(sources):
     sections = [(e + (last <= e < freed), o, s) for e, o, s in trace.sections]
     moved = replace(trace, keys=keys, sizes=sizes, sections=sections)
     with pytest.raises(Unspliceable):
-        splice(moved, few.layers, few.reach)
+        splice(moved, next(iter(few.layers.values())), few.reach)
 
 
 def test_a_trace_of_all_layers_stays_as_it_is(sources):
     whole = trace_candidate(PLAIN, sources["llama"], H200, whole=True)
-    assert splice(whole.trace, whole.layers) is whole.trace
+    assert splice(whole.trace, whole.layers[0]) is whole.trace

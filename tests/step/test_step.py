@@ -105,6 +105,17 @@ def test_the_costliest_micro_batches_fill_the_budget_and_have_the_longest_length
     assert batch.input_ids.max() < 50
 
 
+@pytest.mark.parametrize(("budget", "length"), [(1, 1), (7, 7), (30, 7), (64, 16), (50, 100)])
+def test_the_costliest_micro_batches_are_collated_ones_of_whole_rows(budget, length):
+    for made in worst_micro_batches(budget, length, vocabulary=40):
+        rows = made.input_ids.tolist()
+        collated = collate([{"input_ids": row, "labels": row} for row in rows], pad_token_id=0)
+        for one, other in zip(made.tensors, collated.tensors, strict=True):
+            assert one.dtype is other.dtype
+            assert torch.equal(one, other)
+            assert one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
+
+
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), budget=st.integers(1, 400))
 def test_no_cut_makes_a_costlier_one(lengths, budget):
     longest = max(lengths)
