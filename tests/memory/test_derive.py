@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from autofit.errors import UsageError
+from autofit.memory import derive, tracing
 from autofit.memory import estimate as estimating
-from autofit.memory import tracing
 from autofit.memory.calibration import Calibration
 from autofit.memory.derive import estimate_many, side_by_side
 from autofit.memory.estimate import estimate
@@ -59,6 +59,8 @@ def sources(tmp_path_factory):
 def traces(monkeypatch):
     """(rows, length) of every trace that is made."""
     made = []
+    derive._shared_trace.cache_clear()
+    derive._checked.clear()
     genuine = estimating.trace_candidate
 
     def counted(candidate, *args, **more):
