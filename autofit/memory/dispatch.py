@@ -29,13 +29,14 @@ class Dispatch(contextlib.AbstractContextManager["Dispatch"]):
     """While entered, operations on meta tensors run as on `device`. For `one_tile` see `stand_ins`.
 
     Attributes:
-        paged: bytes of each optimizer state that bitsandbytes would keep in managed memory: no allocator counts it.
+        paged: by storage, bytes of each optimizer state that bitsandbytes would keep in managed memory, where no
+            allocator counts it.
     """
 
     def __init__(self, device: DeviceFacts, one_tile: bool = False) -> None:
         self.device = device
         self.one_tile = one_tile
-        self.paged: list[int] = []
+        self.paged: dict[int, int] = {}
         self.weights = autocast.WeightCache()
         self._stack = contextlib.ExitStack()
 

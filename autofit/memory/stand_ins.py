@@ -30,8 +30,8 @@ from autofit.space.facts import DeviceFacts
 
 
 @contextlib.contextmanager
-def stand_ins(device: DeviceFacts, paged: list[int], one_tile: bool) -> Iterator[None]:
-    """While it is open, the table above holds. Bytes of paged optimizer states are added to `paged`.
+def stand_ins(device: DeviceFacts, paged: dict[int, int], one_tile: bool) -> Iterator[None]:
+    """While it is open, the table above holds. Bytes of paged optimizer states are put in `paged`, by storage.
 
     With `one_tile` TRL's tile of logits has all tokens at once: it then grows with them, and its loop runs once.
     """
@@ -69,13 +69,13 @@ def operation_stand_ins(outlier_columns: Callable[[torch.Tensor], int]) -> dict[
     }
 
 
-def _bitsandbytes(sizes: list[int]) -> list[tuple[Any, str, Any]]:
+def _bitsandbytes(sizes: dict[int, int]) -> list[tuple[Any, str, Any]]:
     from bitsandbytes import functional
 
     def paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
         with _disable_current_modes():
             state = torch.empty(shape, dtype=dtype, device="meta")
-        sizes.append(state.numel() * state.element_size())
+        sizes[state.untyped_storage()._cdata] = state.nbytes
         return state
 
     # bitsandbytes makes this map on the first device that asks and keeps it for all: not on ours.

@@ -98,13 +98,16 @@ def trace_candidate(
         for layer, flag in zip(checkpointable_layers(step.model), flags, strict=True):
             layer.gradient_checkpointing = flag
         tracer.hold([*step.model.parameters(), *step.model.buffers()])
-        trace, tokens = _Run(tracer, step, built, on_cpu, once).run()
+        run = _Run(tracer, step, built, on_cpu, once)
+        trace, tokens = run.run()
+    by_layer = [sum(dispatch.paged.get(state, 0) for state in states) for states in run.states]
+    elsewhere = sum(dispatch.paged.values()) - sum(by_layer)
     trace.guesses = dict(tracer.values.guesses)
     return Traced(
         trace=trace,
         layers=layers,
         reach=reach,
-        paged_bytes=sum(dispatch.paged),
+        paged_bytes=elsewhere + sum(by_layer[i] for i in layers[candidate.checkpointed_layers]),
         undecided=tracer.undecided,
         once=once,
         tokens=tokens,
@@ -177,6 +180,7 @@ class _Run:
         self.pass_number = 0
         self.backward = False
         self.layers = checkpointable_layers(step.model)
+        self.states: list[list[int]] = []
 
     def run(self) -> tuple[Trace, int]:
         """The trace, and the padded tokens of the costliest micro-batch."""
@@ -199,9 +203,13 @@ class _Run:
                 rehearsal.optimizer_step(batch, count)
         for handle in handles:
             handle.remove()
+        self.states = [[s.untyped_storage()._cdata for s in self._states_of(layer, rehearsal)] for layer in self.layers]
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.tracer.label((s for p in trainable for s in _states(rehearsal.optimizer, p)), "optimizer")
         return self.tracer.finish(), batches[0].padded_tokens
+
+    def _states_of(self, layer: torch.nn.Module, rehearsal: Rehearsal) -> Iterator[torch.Tensor]:
+        return (s for p in layer.parameters() if p.requires_grad for s in _states(rehearsal.optimizer, p))
 
     def _statics(self) -> dict[int, tuple[str, int]]:
         """By storage: what it is and the layer that has it (−1: none)."""

@@ -109,6 +109,16 @@ def test_paged_states_are_told_apart(small):
     assert paged.breakdown_bytes["optimizer"] < paged.paged_bytes
 
 
+def test_paged_states_are_those_of_all_layers():
+    """Llama-3-8B, rank 16: two states of four bytes, of the adapters of 100,000 elements and more."""
+    candidate = PLAIN.replace(
+        optimizer="paged_adamw_32bit", lora_rank=16, quantization_bits=4, lora_targets=("all-linear",)
+    )
+    source = ModelSource(model="llama-3-8b", random_weights=True)
+    large = 2 * 16 * 14336 + 14336 * 16  # B of gate_proj and up_proj, A of down_proj
+    assert estimate(candidate, source, H200).paged_bytes == 32 * large * 2 * 4
+
+
 def test_the_same_question_has_the_same_answer(small):
     first, second = (estimate(PLAIN, small["llama"], H200).to_json() for _ in range(2))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
