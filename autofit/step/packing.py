@@ -67,8 +67,15 @@ def packed_head_size(base: PreTrainedModel) -> int | None:
     dropout on attention, or head sizes that flash attention does not take.
     """
     config: Any = base.config.get_text_config(decoder=True)
+    try:
+        return _head_size(config) if _mixes_by_attention_alone(base, config) else None
+    except RuntimeError:  # transformers' answer where layers differ
+        return None
+
+
+def _mixes_by_attention_alone(base: PreTrainedModel, config: Any) -> bool:
     layers = getattr(config, "layer_types", None) or ()
-    can = (
+    return (
         type(base).__module__.startswith("transformers.")
         and bool(base._supports_attention_backend and base._supports_flash_attn)
         and set(layers) <= _KNOWN_LAYERS
@@ -78,7 +85,6 @@ def packed_head_size(base: PreTrainedModel) -> int | None:
         and not any(isinstance(module, nn.Conv1d) for module in base.modules())
         and not any(name.endswith("sinks") for name, _ in base.named_parameters())
     )
-    return _head_size(config) if can else None
 
 
 def _head_size(config: Any) -> int | None:

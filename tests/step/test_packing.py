@@ -28,7 +28,18 @@ LENGTHS = (48, 30, 5, 23, 37, 2, 11)
 # Some of each kind that can: a window, soft caps on logits, experts, learned positions, parallel residuals, norms on
 # heads. Those with state, biases or capped scores cannot.
 CAN = ("llama", "mistral", "gemma3_text", "granitemoe", "qwen3_moe", "gpt_neox", "opt", "cohere2", "phi3", "olmo2")
-CANNOT = ("gemma2", "gpt2", "bloom", "mamba2", "jamba", "deepseek_v3", "gpt_oss", "llama4_text", "qwen3_next")
+CANNOT = (
+    "gemma2",
+    "gpt2",
+    "bloom",
+    "mamba2",
+    "jamba",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+    "qwen3_next",
+    "gemma4_text",
+)
 
 
 def examples(lengths=LENGTHS):
