@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from autofit.errors import UsageError
 from autofit.space.candidate import LOSSY, Candidate
 from autofit.space.facts import DataFacts
 from autofit.training.checkpoints import newest_whole, step_of
+from autofit.training.workspace import Workspace
 
 # What of a config may differ when a run goes on: none of it changes the result.
 _FREE = {"gpu_mem", "output_dir", "search", "order", "pin", "min", "allow", "trial_timeout", "save_steps"}
@@ -23,6 +25,22 @@ def last_step(folder: Path) -> int:
     """The step of the newest whole checkpoint in a run's folder; 0 where there is none."""
     newest = newest_whole(folder)
     return 0 if newest is None else step_of(newest)
+
+
+def furthest_step(folder: Path) -> int:
+    """The highest step that any process of the run has completed, in a checkpoint or not; 0 before the first."""
+    steps = [last_step(folder)]
+    metrics = folder / "metrics.jsonl"
+    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError):  # the last line, torn by a kill
+            steps.append(json.loads(text)["step"])
+    return max(steps)
+
+
+def note_trained(workspace: Workspace, candidate: Candidate) -> None:
+    """Puts into plan.json that a candidate of another result than the chosen one is trained."""
+    plan = json.loads((workspace.folder / "plan.json").read_text(encoding="utf-8"))
+    workspace.write_json("plan.json", {**plan, "trained": candidate.to_json()})
 
 
 def check_same_config(folder: Path, config: RunConfig) -> None:
@@ -60,9 +78,10 @@ def check_same_result(folder: Path, chosen: Candidate) -> None:
     plan = _plan(folder)
     if plan is None:
         return
+    before = plan.get("trained", plan["chosen"])
     for knob in LOSSY:
-        if plan["chosen"][knob] != getattr(chosen, knob):
-            raise _another(folder, f"{knob} was {plan['chosen'][knob]} and would be {getattr(chosen, knob)}")
+        if before[knob] != getattr(chosen, knob):
+            raise _another(folder, f"{knob} was {before[knob]} and would be {getattr(chosen, knob)}")
 
 
 def _plan(folder: Path) -> dict[str, Any] | None:
