@@ -14,8 +14,9 @@ from autofit.errors import AutofitError, OutOfBudget
 from autofit.search.facts import Facts, Verdict, measured_need, needs_at_least
 from autofit.search.forecast import Forecaster, Prediction
 from autofit.search.outcome import SearchSpace
-from autofit.space.candidate import LOSSLESS, LOSSY, OFFLOADING, Candidate
-from autofit.space.ladder import RUNGS, ladder
+from autofit.space.candidate import LOSSLESS, LOSSY, Candidate
+from autofit.space.ladder import RUNGS, Limits, knob_values, ladder
+from autofit.training.resume import states_of
 from autofit.trial.classify import classify, own_error
 from autofit.trial.job import Outcome
 from autofit.trial.result import TrialStatus
@@ -102,7 +103,8 @@ def next_candidate(
 
     After a crash the same. After an out-of-memory the next rung of the user's order that needs less, from where the
     candidate is that died; the one that needs least where the last rung down brought no step. What changes the result
-    comes last, where the user allows it, and not at all once a step was done: a run has one length, rank and bits.
+    comes last, where the user allows it, and not at all once a step was done: a run has one length, rank and bits. Nor
+    does the optimizer change then, where the next kind could not load its states.
 
     Args:
         standstill: the process got no further than the one before it.
@@ -111,11 +113,9 @@ def next_candidate(
     """
     if how is How.CRASH:
         return died
-    for knobs in (LOSSLESS,) if steps_done else (LOSSLESS, LOSSY):
-        order = tuple(name for name in space.order if RUNGS[name] in knobs)
-        rungs = ladder(died, space.limits, order)[1:]
-        if how is How.HOST_MEMORY:
-            rungs = tuple(rung for rung in rungs if not _takes_more_of_the_host(rung, died))
+    movable = [name for name in space.order if _is_movable(RUNGS[name], died, space.limits, how, steps_done)]
+    for knobs in (LOSSLESS, LOSSY):
+        rungs = ladder(died, space.limits, tuple(name for name in movable if RUNGS[name] in knobs))[1:]
         leaner = _leaner(died, rungs, facts, forecaster)
         if leaner:
             return leaner[-1] if standstill else leaner[0]
@@ -129,14 +129,14 @@ def changed_knobs(before: Candidate, after: Candidate) -> dict[str, tuple[int | 
     return {knob: both for knob, both in values.items() if both[0] != both[1]}
 
 
-def changes_result(before: Candidate, after: Candidate) -> bool:
-    """Whether the two train to different results."""
-    return bool(set(LOSSY) & set(changed_knobs(before, after)))
-
-
-def _takes_more_of_the_host(candidate: Candidate, than: Candidate) -> bool:
-    levels = [OFFLOADING.index(c.offload_activations) for c in (candidate, than)]
-    return levels[0] > levels[1] or candidate.optimizer != than.optimizer
+def _is_movable(knob: str, died: Candidate, limits: Limits, how: How, steps_done: bool) -> bool:
+    if how is How.HOST_MEMORY and knob in ("optimizer", "offload_activations"):
+        return False  # both move bytes to the host
+    if not steps_done:
+        return True
+    if knob == "optimizer":
+        return len({states_of(str(value)) for value in knob_values(knob, died, limits)}) == 1
+    return knob in LOSSLESS
 
 
 def _leaner(died: Candidate, rungs: Sequence[Candidate], facts: Facts, forecaster: Forecaster) -> list[Candidate]:

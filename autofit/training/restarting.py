@@ -15,7 +15,6 @@ from autofit.training.mending import (
     Death,
     Patience,
     changed_knobs,
-    changes_result,
     judge_death,
     next_candidate,
 )
@@ -94,7 +93,7 @@ class Restarting:
         kept = last_step(self.workspace.folder)
         changed = {knob: list(both) for knob, both in changed_knobs(died, following).items()}
         record = {"how": death.how.value, "step": step, "from_step": kept, "changed": changed}
-        if changes_result(died, following):
+        if changed:
             note_trained(self.workspace, following)
         self.workspace.event("training_mended", **record, reason=str(death.error))
         steps = [f"{knob} {before} → {after}" for knob, (before, after) in changed.items()]

@@ -37,10 +37,28 @@ def furthest_step(folder: Path) -> int:
     return max(steps)
 
 
-def note_trained(workspace: Workspace, candidate: Candidate) -> None:
-    """Puts into plan.json that a candidate of another result than the chosen one is trained."""
-    plan = json.loads((workspace.folder / "plan.json").read_text(encoding="utf-8"))
-    workspace.write_json("plan.json", {**plan, "trained": candidate.to_json()})
+def write_plan(workspace: Workspace, plan: dict[str, Any], trained: Candidate) -> None:
+    """Writes plan.json; what is trained is named there where it is no longer what was chosen."""
+    also = {} if plan["chosen"] == trained.to_json() else {"trained": trained.to_json()}
+    workspace.write_json("plan.json", {**plan, **also})
+
+
+def note_trained(workspace: Workspace, trained: Candidate) -> None:
+    """Puts into plan.json what is trained from now on."""
+    write_plan(workspace, json.loads((workspace.folder / "plan.json").read_text(encoding="utf-8")), trained)
+
+
+def goes_on_with(folder: Path, chosen: Candidate) -> Candidate:
+    """What the run in a folder had come to train instead, where the same was chosen then; else what is chosen now."""
+    plan = _plan(folder)
+    if plan is None or "trained" not in plan or plan["chosen"] != chosen.to_json():
+        return chosen
+    return Candidate.from_json(plan["trained"])
+
+
+def states_of(optimizer: str) -> str:
+    """What an optimizer's states are like: those of another kind cannot be loaded. Paged or not is the same."""
+    return optimizer.removeprefix("paged_")
 
 
 def check_same_config(folder: Path, config: RunConfig) -> None:
@@ -70,7 +88,8 @@ def check_same_data(folder: Path, data: DataFacts) -> None:
 
 
 def check_same_result(folder: Path, chosen: Candidate) -> None:
-    """Refuses to go on from a checkpoint with a candidate of another result (bits, length or rank).
+    """Refuses to go on from a checkpoint with a candidate of another result (bits, length or rank), or with an
+    optimizer that cannot load the states of the one before.
 
     Raises:
         UsageError: naming the knob.
@@ -82,6 +101,8 @@ def check_same_result(folder: Path, chosen: Candidate) -> None:
     for knob in LOSSY:
         if before[knob] != getattr(chosen, knob):
             raise _another(folder, f"{knob} was {before[knob]} and would be {getattr(chosen, knob)}")
+    if states_of(before["optimizer"]) != states_of(chosen.optimizer):
+        raise _another(folder, f"optimizer was {before['optimizer']} and would be {chosen.optimizer}")
 
 
 def _plan(folder: Path) -> dict[str, Any] | None:

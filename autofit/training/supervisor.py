@@ -33,7 +33,14 @@ from autofit.training.question import (
 from autofit.training.request import TrainingRequest
 from autofit.training.resources import check_resources
 from autofit.training.restarting import Restarting
-from autofit.training.resume import check_same_config, check_same_data, check_same_result, last_step
+from autofit.training.resume import (
+    check_same_config,
+    check_same_data,
+    check_same_result,
+    goes_on_with,
+    last_step,
+    write_plan,
+)
 from autofit.training.workspace import Staging, Workspace, choose_folder, environment
 from autofit.trial.environment import child_environment
 from autofit.trial.job import Job, Outcome
@@ -133,10 +140,11 @@ class Run:
         outcome = self._fitting(prepared, budget).search(space, study, self._on_trial, self.narrator)
         if outcome.winner is None:
             raise self._no_winner(outcome, space, budget, prepared.device)
-        check_same_result(self.workspace.folder, outcome.winner.candidate)
+        trained = goes_on_with(self.workspace.folder, outcome.winner.candidate)
+        check_same_result(self.workspace.folder, trained)
         self._write_request()
         report = self._report(prepared, space.wish, budget, outcome, outcome.winner)
-        self.workspace.write_json("plan.json", report.to_json())
+        write_plan(self.workspace, report.to_json(), trained)
         self.workspace.event("chosen", **outcome.winner.candidate.to_json())
         self.narrator.plan(report)
         return report
@@ -215,7 +223,7 @@ class Run:
                 f"of {self.config.global_batch_size} examples"
             )
         request = TrainingRequest(
-            candidate=winner.candidate,
+            candidate=goes_on_with(self.workspace.folder, winner.candidate),
             source=prepared.source,
             device=prepared.device,
             cap_bytes=report.budget.usable_bytes,
@@ -225,7 +233,7 @@ class Run:
             tokenizer_dir=str(self.workspace.work / "tokenizer"),
             output_dir=str(self.workspace.folder),
         )
-        result = self._restarting(prepared, report, request).run(winner.candidate)
+        result = self._restarting(prepared, report, request).run(request.candidate)
         self._progress()
         self.workspace.event("training_end", **result)
         return result
