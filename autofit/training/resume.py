@@ -39,8 +39,9 @@ def furthest_step(folder: Path) -> int:
 
 def write_plan(workspace: Workspace, plan: dict[str, Any], trained: Candidate) -> None:
     """Writes plan.json; what is trained is named there where it is no longer what was chosen."""
-    also = {} if plan["chosen"] == trained.to_json() else {"trained": trained.to_json()}
-    workspace.write_json("plan.json", {**plan, **also})
+    same = plan["chosen"] == trained.to_json()
+    plan = {key: value for key, value in plan.items() if key != "trained"}
+    workspace.write_json("plan.json", plan if same else {**plan, "trained": trained.to_json()})
 
 
 def note_trained(workspace: Workspace, trained: Candidate) -> None:
