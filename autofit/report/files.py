@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from autofit.report.words import candidate_words, given_up_words, loss_words
+from autofit.report.words import candidate_words, given_up_words, loss_words, mended_words
 from autofit.search.outcome import Trial
 from autofit.space.units import format_bytes
 from autofit.training.supervisor import RunSummary
@@ -24,7 +24,7 @@ def model_card(summary: RunSummary) -> str:
     """The model card: what was trained, how, and what was given up to fit."""
     report, training = summary.report, summary.training
     chosen = report.winner.candidate
-    given = "\n".join(f"- {line}" for line in given_up_words(report)) or "- nothing"
+    given = "\n".join(f"- {line}" for line in [*given_up_words(report), *mended_words(training)]) or "- nothing"
     base = "random weights of " if summary.source.random_weights else ""
     return f"""---
 library_name: peft
@@ -58,7 +58,8 @@ def html_report(summary: RunSummary) -> str:
     """One page without scripts: the choice, the trials, the training."""
     report, training = summary.report, summary.training
     rows = "\n".join(_row(trial, trial is report.winner) for trial in report.trials)
-    given = "".join(f"<li>{escape(line)}</li>" for line in given_up_words(report)) or "<li>nothing</li>"
+    lines = [*given_up_words(report), *mended_words(training)]
+    given = "".join(f"<li>{escape(line)}</li>" for line in lines) or "<li>nothing</li>"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>autofit: {escape(summary.folder.name)}</title>
 <style>

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
-from autofit.report.words import candidate_words, loss_words, one_given_up, tokens_words
+from autofit.report.words import candidate_words, loss_words, mended_words, one_given_up, tokens_words
 from autofit.search.fit_report import FitReport
 from autofit.search.outcome import TrialEvent
 from autofit.space.units import format_bytes
@@ -96,6 +96,8 @@ class Terminal:
         if training.get("recovered"):
             times = f"{training['recovered']} time{'s' if training['recovered'] > 1 else ''}"
             self.console.print(f"         out of memory {times}, without a trace in the result: see events.jsonl")
+        for line in mended_words(training):
+            self.console.print(f"         {escape(line)}")
         self.console.print(f"adapter  {escape(str(summary.folder / 'adapter'))}")
 
     def _bar(self, record: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from autofit.search.fit_report import FitReport, GivenUp
-from autofit.space.candidate import Candidate
+from autofit.space.candidate import LOSSY, Candidate
 
 _NAMES = {
     "micro_batch_size": "micro-batch",
@@ -55,6 +55,17 @@ def tokens_words(training: dict[str, Any]) -> str:
     real, run = training["tokens"], training["padded_tokens"]
     padding = f"{1 - real / run:.1%} of what ran was padding" if run > real else "no padding"
     return f"{real:,} tokens, {padding}"
+
+
+def mended_words(training: dict[str, Any]) -> list[str]:
+    """One line for each process of a training that died: how, and what the next one did."""
+    return [_one_mended(**record) for record in training.get("mended", ())]
+
+
+def _one_mended(how: str, step: int, from_step: int, changed: dict[str, list[Any]]) -> str:
+    steps = [f"{_NAMES[knob]} {before} → {after}" for knob, (before, after) in changed.items()]
+    result = "CHANGES THE RESULT" if changed.keys() & set(LOSSY) else "same result"
+    return f"{how} after step {step:,}, went on from step {from_step:,}: {', '.join([*steps, result])}"
 
 
 def one_given_up(given: GivenUp) -> str:

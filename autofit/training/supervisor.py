@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from autofit.config import RunConfig
 from autofit.errors import AutofitError, NothingFits
+from autofit.search.facts import Facts
 from autofit.search.fit_report import FitReport, GivenUp, given_up, why_nothing_fits
 from autofit.search.outcome import SearchOutcome, SearchSpace, Trial, TrialEvent
 from autofit.search.study import TrialStudy
@@ -20,6 +21,7 @@ from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.source import ModelSource
 from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
 from autofit.training.fitting import Fitting
+from autofit.training.mending import judge_death
 from autofit.training.narrator import Narrator, announce
 from autofit.training.question import (
     Prepared,
@@ -30,9 +32,16 @@ from autofit.training.question import (
 )
 from autofit.training.request import TrainingRequest
 from autofit.training.resources import check_resources
-from autofit.training.resume import check_same_config, check_same_data, check_same_result, last_step
+from autofit.training.restarting import Restarting
+from autofit.training.resume import (
+    check_same_config,
+    check_same_data,
+    check_same_result,
+    goes_on_with,
+    last_step,
+    write_plan,
+)
 from autofit.training.workspace import Staging, Workspace, choose_folder, environment
-from autofit.trial.classify import classify, own_error
 from autofit.trial.environment import child_environment
 from autofit.trial.job import Job, Outcome
 from autofit.trial.result import TrialStatus
@@ -93,9 +102,7 @@ class Run:
         check_same_config(target, self.config)
         self.narrator.say("reading model and data")
         with Staging(target) as staging:
-            found = self._job(
-                "autofit.training.prepare:run_preparation", preparation_request(self.config, staging.folder), staging
-            )
+            found = self._prepare_job(preparation_request(self.config, staging.folder), staging)
             source = ModelSource(**found["source"])
             if self.config.embedded:
                 source = ModelSource(model=str(target / "base"))
@@ -130,19 +137,22 @@ class Run:
         space, budget = search_space(self.config, prepared)
         announce(self.narrator, self.config, prepared, budget, space.wish)
         study = TrialStudy(self.workspace.folder, fingerprint(prepared, budget, self.config.trial_timeout))
-        fitting = Fitting(
-            config=self.config, prepared=prepared, budget=budget, sandbox=self.sandbox, work=self.workspace.work
-        )
-        outcome = fitting.search(space, study, self._on_trial, self.narrator)
+        outcome = self._fitting(prepared, budget).search(space, study, self._on_trial, self.narrator)
         if outcome.winner is None:
             raise self._no_winner(outcome, space, budget, prepared.device)
-        check_same_result(self.workspace.folder, outcome.winner.candidate)
+        trained = goes_on_with(self.workspace.folder, outcome.winner.candidate)
+        check_same_result(self.workspace.folder, trained)
         self._write_request()
         report = self._report(prepared, space.wish, budget, outcome, outcome.winner)
-        self.workspace.write_json("plan.json", report.to_json())
+        write_plan(self.workspace, report.to_json(), trained)
         self.workspace.event("chosen", **outcome.winner.candidate.to_json())
         self.narrator.plan(report)
         return report
+
+    def _fitting(self, prepared: Prepared, budget: MemoryBudget) -> Fitting:
+        return Fitting(
+            config=self.config, prepared=prepared, budget=budget, sandbox=self.sandbox, work=self.workspace.work
+        )
 
     def _on_trial(self, event: TrialEvent) -> None:
         if event.kind != "stored":
@@ -194,7 +204,7 @@ class Run:
     # ---- train ----
 
     def train(self, prepared: Prepared, report: FitReport) -> dict[str, Any]:
-        """Hands the winner, unchanged, to the training child."""
+        """Hands the winner, unchanged, to the training child; what that one dies of is mended where it can be."""
         winner = report.winner
         check_resources(
             self.workspace.folder,
@@ -213,7 +223,7 @@ class Run:
                 f"of {self.config.global_batch_size} examples"
             )
         request = TrainingRequest(
-            candidate=winner.candidate,
+            candidate=goes_on_with(self.workspace.folder, winner.candidate),
             source=prepared.source,
             device=prepared.device,
             cap_bytes=report.budget.usable_bytes,
@@ -223,68 +233,69 @@ class Run:
             tokenizer_dir=str(self.workspace.work / "tokenizer"),
             output_dir=str(self.workspace.folder),
         )
-        self.workspace.event("training_start")
-        try:
-            result = self._job("autofit.training.child:run_training", request.to_json(), self.workspace, self._progress)
-        except KeyboardInterrupt:
-            self.workspace.event("training_interrupted")
-            raise
-        except AutofitError as error:
-            self.workspace.event("training_failed", reason=str(error))
-            kept = last_step(self.workspace.folder)
-            where = (
-                f"checkpoint-{kept} of {self.workspace.folder} is the last one" if kept else "no checkpoint was saved"
-            )
-            raise type(error)(f"{error}; {where}") from error
+        result = self._restarting(prepared, report, request).run(request.candidate)
         self._progress()
         self.workspace.event("training_end", **result)
         return result
 
+    def _restarting(self, prepared: Prepared, report: FitReport, request: TrainingRequest) -> Restarting:
+        space, budget = search_space(self.config, prepared)
+        facts = Facts(budget.usable_bytes)
+        for trial in report.trials:
+            facts.add(trial)
+        entry = "autofit.training.child:run_training"
+
+        def start(candidate: Candidate) -> Outcome:
+            asked = replace(request, candidate=candidate).to_json()
+            return self._outcome(entry, asked, self.workspace, "train", self._progress)
+
+        return Restarting(
+            space=space,
+            facts=facts,
+            forecaster=self._fitting(prepared, budget).forecaster(self.narrator),
+            workspace=self.workspace,
+            narrator=self.narrator,
+            start=start,
+        )
+
     def _progress(self) -> None:
         try:
-            record = json.loads((self._job_folder(self.workspace, "train") / "phase.json").read_text())
+            record = json.loads((self.workspace.work / "train" / "phase.json").read_text())
         except (OSError, ValueError):
             return  # not written yet
         self.narrator.training(record)
 
     # ---- jobs ----
 
-    def _job_folder(self, where: Workspace | Staging, name: str) -> Path:
-        return where.folder / "work" / name
-
-    def _job(
-        self,
-        entry: str,
-        request: dict[str, Any],
-        where: Workspace | Staging,
-        poll: Callable[[], None] | None = None,
-    ) -> dict[str, Any]:
-        """Runs a job that must succeed; returns what it returned.
+    def _prepare_job(self, request: dict[str, Any], where: Staging) -> dict[str, Any]:
+        """What the preparation returned.
 
         Raises:
             AutofitError: the child's own one-line error, or how it ended.
         """
-        name = "train" if poll else "prepare"
+        outcome = self._outcome("autofit.training.prepare:run_preparation", request, where, "prepare")
+        if outcome.result is None:
+            raise judge_death("prepare", outcome).error
+        return outcome.result
+
+    def _outcome(
+        self,
+        entry: str,
+        request: dict[str, Any],
+        where: Workspace | Staging,
+        name: str,
+        poll: Callable[[], None] | None = None,
+    ) -> Outcome:
+        """Runs a job to its end, whichever that is; one that was told to end raises KeyboardInterrupt."""
         job = Job(
             entry=entry,
             request=request,
-            folder=self._job_folder(where, name),
+            folder=where.folder / "work" / name,
             deadline_seconds=None,
             env=child_environment(),
             grace_seconds=_GRACE_SECONDS,
         )
         outcome = self.sandbox.run(job, poll)
-        if outcome.result is None:
-            raise _as_error(name, outcome)
-        if outcome.result.get("interrupted"):
+        if outcome.result is not None and outcome.result.get("interrupted"):
             raise KeyboardInterrupt
-        return outcome.result
-
-
-def _as_error(name: str, outcome: Outcome) -> AutofitError:
-    """The error that a child's end means, in one line."""
-    error = own_error(outcome)
-    if error is not None:
-        return error
-    status, message = classify(outcome)
-    return AutofitError(f"{name}: {status.value} in {outcome.phase}: {message}")
+        return outcome

@@ -11,7 +11,15 @@ from autofit.training import workspace
 from autofit.training.checkpoints import publish, stage
 from autofit.training.duration import estimated_seconds, optimizer_steps, spoken
 from autofit.training.resources import check_resources, checkpoint_bytes, hub_cache
-from autofit.training.resume import check_same_config, check_same_data, check_same_result, last_step
+from autofit.training.resume import (
+    check_same_config,
+    check_same_data,
+    check_same_result,
+    furthest_step,
+    goes_on_with,
+    last_step,
+    note_trained,
+)
 from autofit.training.workspace import Staging, Workspace, choose_folder, other_autofit
 
 MODEL = ModelFacts(
@@ -128,6 +136,31 @@ def test_only_the_same_run_goes_on(interrupted):
         check_same_data(interrupted, DataFacts.from_json({**data.to_json(), "fingerprint": "b"}))
     with pytest.raises(UsageError, match="lora_rank was 16 and would be 8"):
         check_same_result(interrupted, CANDIDATE.replace(lora_rank=8))
+
+
+def test_an_optimizer_that_cannot_load_the_states_is_refused(interrupted):
+    check_same_result(interrupted, CANDIDATE)
+    with pytest.raises(UsageError, match="optimizer was adamw_torch and would be paged_adamw_32bit"):
+        check_same_result(interrupted, CANDIDATE.replace(optimizer="paged_adamw_32bit"))
+    Workspace(interrupted).write_json("plan.json", {"chosen": CANDIDATE.replace(optimizer="adamw_8bit").to_json()})
+    check_same_result(interrupted, CANDIDATE.replace(optimizer="paged_adamw_8bit"))
+
+
+def test_a_mended_run_goes_on_as_it_was_mended(interrupted):
+    mended = CANDIDATE.replace(lora_rank=8)
+    assert goes_on_with(interrupted, CANDIDATE) == CANDIDATE
+    note_trained(Workspace(interrupted), mended)
+    assert goes_on_with(interrupted, CANDIDATE) == mended
+    check_same_result(interrupted, mended)
+    # Chosen anew, with another budget say, the choice stands, but not one of another result.
+    other = CANDIDATE.replace(micro_batch_size=1)
+    assert goes_on_with(interrupted, other) == other
+    with pytest.raises(UsageError, match="lora_rank was 8 and would be 16"):
+        check_same_result(interrupted, other)
+    note_trained(Workspace(interrupted), CANDIDATE)
+    assert goes_on_with(interrupted, CANDIDATE) == CANDIDATE
+    (interrupted / "metrics.jsonl").write_text('{"step": 8}\n{"step": 9, "loss": 1}\n{"st')
+    assert furthest_step(interrupted) == 9
 
 
 def test_before_the_first_checkpoint_everything_may_change(interrupted):
