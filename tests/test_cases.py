@@ -37,6 +37,7 @@ def test_the_contracts_fields_and_defaults():
         "optimizer": "adamw_torch",
         "loss": "chunked",
         "kernels": "stock",
+        "layout": "padded",
         "step": "autofit",
     }
 
