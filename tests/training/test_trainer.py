@@ -146,8 +146,15 @@ def test_evaluation_is_the_mean_loss_of_the_same_step(tiny_source, tmp_path):
 
 
 def signal_once(made, step):
-    if made.state.global_step == step and made._stop.number is None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    """A report that sends one signal; another thread may get it, so Python may heed it a moment later."""
+    sent = []
+
+    def report(phase):
+        if made.state.global_step == step and not sent:
+            sent.append(phase)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return report
 
 
 def test_a_stop_saves_at_the_next_step_and_the_rest_of_the_run_is_the_same(tiny_source, tmp_path):
@@ -155,7 +162,7 @@ def test_a_stop_saves_at_the_next_step_and_the_rest_of_the_run_is_the_same(tiny_
     undisturbed.train()
 
     stopped, _ = trainer(tiny_source, tmp_path / "stopped")
-    stopped.step.report = lambda phase: signal_once(stopped, 1)
+    stopped.step.report = signal_once(stopped, 1)
     with pytest.raises(Stopped):
         stopped.train()
     assert stopped.state.global_step == 2
@@ -213,7 +220,7 @@ def test_a_torn_checkpoint_is_passed_over_and_its_steps_are_taken_again(tiny_sou
     undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed")
     undisturbed.train()
     killed, record = trainer(tiny_source, tmp_path / "killed", save_steps=1)
-    killed.step.report = lambda phase: signal_once(killed, 2)
+    killed.step.report = signal_once(killed, 2)
     assert _run(killed, record, tmp_path / "killed") == (3, False)
     (tmp_path / "killed" / "checkpoint-3" / "trainer_state.json").write_text('{"torn')
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
