@@ -113,12 +113,31 @@ def facts_of(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, file by file; empty where it is whole. Reads all of it."""
+    """What is wrong with a checkpoint, file by file; empty where it is whole.
+
+    Reads all of it, once in this process for as long as no file is touched: a run that goes on asks several times.
+    """
     if not checkpoint.is_dir():
         return ["it is no folder"]
-    if (checkpoint / MANIFEST).is_file():
-        return list(_against_manifest(checkpoint, hashes=True))
-    return list(_as_stock(checkpoint))
+    stamp = _stamp(checkpoint)
+    if _whole.get(checkpoint.absolute()) == stamp:
+        return []
+    listed = (checkpoint / MANIFEST).is_file()
+    wrong = list(_against_manifest(checkpoint, hashes=True) if listed else _as_stock(checkpoint))
+    if not wrong:
+        _whole[checkpoint.absolute()] = stamp
+    return wrong
+
+
+# Checkpoints that were found whole, as their files were then.
+_whole: dict[Path, list[tuple[str, int, int, int]]] = {}
+
+
+def _stamp(checkpoint: Path) -> list[tuple[str, int, int, int]]:
+    """Of each file its name, inode, size and when it was last changed."""
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    states = [(path, path.stat()) for path in found]
+    return [(path.name, state.st_ino, state.st_size, state.st_ctime_ns) for path, state in states]
 
 
 def newest_whole(folder: Path, on_broken: Callable[[Path, list[str]], None] | None = None) -> Path | None:

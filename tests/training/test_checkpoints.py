@@ -216,3 +216,16 @@ def test_what_is_pushed_is_the_published_folder(made, tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "_finish_current_push", lambda: None)
     ours.train()
     assert pushed == [(str(tmp_path / f"checkpoint-{step}"), []) for step in (1, 2, 3)]
+
+
+def test_a_whole_checkpoint_is_read_once_until_it_is_touched(tmp_path, monkeypatch):
+    folder = stage(tmp_path)
+    save_file({"w": torch.ones(8)}, folder / "model.safetensors")
+    publish(folder, tmp_path / "checkpoint-1", {})
+    read = []
+    genuine = checkpoints._hash_file
+    monkeypatch.setattr(checkpoints, "_hash_file", lambda path: read.append(path) or genuine(path))
+    assert verify(tmp_path / "checkpoint-1") == verify(tmp_path / "checkpoint-1") == []
+    assert len(read) == 1
+    flipped(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert verify(tmp_path / "checkpoint-1") == ["model.safetensors is not what was written"]
