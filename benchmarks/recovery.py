@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import find_executable_batch_size
+from recovery_8b import collate
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -47,16 +48,6 @@ def sequences() -> list[dict[str, list[int]]]:
     return [
         {"input_ids": [i, *torch.randint(100, 512, (n - 1,), generator=draw).tolist()]} for i, n in enumerate(lengths)
     ]
-
-
-def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Right-padded rows."""
-    ids = torch.zeros((len(rows), max(len(row["input_ids"]) for row in rows)), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        mask[i, : len(row["input_ids"])] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 def fresh_model() -> LlamaForCausalLM:
@@ -135,7 +126,7 @@ def trainer_of(cls: type[Trainer], model: Any, kept: Kept, batch_size: int = BAT
         **more,
     )
     return Recorded(
-        model=model, args=arguments, train_dataset=sequences(), data_collator=pad, callbacks=[KeptByTrainer(kept)]
+        model=model, args=arguments, train_dataset=sequences(), data_collator=collate, callbacks=[KeptByTrainer(kept)]
     )
 
 
@@ -182,7 +173,7 @@ def by_lightning(model: Any, kept: Kept) -> Any:
 
         def train_dataloader(self) -> Any:
             order = torch.Generator().manual_seed(SEED)
-            return DataLoader(sequences(), self.batch_size, shuffle=True, collate_fn=pad, generator=order)  # type: ignore[arg-type]
+            return DataLoader(sequences(), self.batch_size, shuffle=True, collate_fn=collate, generator=order)  # type: ignore[arg-type]
 
         def training_step(self, batch: Any, index: int) -> torch.Tensor:
             loss: torch.Tensor = self.model(**batch).loss

@@ -9,6 +9,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
+# Two optimizer steps of two micro-batches.
+ARGUMENTS = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "seed": 11,
+}
 LENGTHS = [9, 30, 14, 22, 5, 17, 26, 11, 30, 8, 19, 24, 6, 28, 13, 21]
 
 
@@ -62,20 +76,7 @@ def made(tiny_llama, tmp_path):
     """Makes a trainer of a class: the same model, data and arguments each time."""
 
     def make(cls, model=None, **given):
-        arguments = {
-            "output_dir": str(tmp_path / f"run-{cls.__name__}"),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            "seed": 11,
-        }
+        arguments = {"output_dir": str(tmp_path / f"run-{cls.__name__}"), **ARGUMENTS}
         mixed = {k: given.pop(k) for k in list(given) if k in ("train_dataset", "eval_dataset", "data_collator")}
         extra = {k: given.pop(k) for k in list(given) if k.startswith("compute_") or k in ("optimizers", "gpu_mem")}
         data = {"train_dataset": examples(), "data_collator": pad} | mixed

@@ -18,7 +18,7 @@ from autofit.training.recovery.faults import Record, Watch, retried
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.rows import can_be_cut, row_lengths, take, together, trained_items
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
-from tests.training.recovery.conftest import FailingAllocations, examples, pad, same, weights
+from tests.training.recovery.conftest import ARGUMENTS, FailingAllocations, examples, pad, same, weights
 
 
 def optimizer_and_model(**options):
@@ -252,15 +252,7 @@ def test_a_model_spread_over_devices_is_refused(tiny_llama, tmp_path):
 def sft(cls, model, folder, **given):
     values = {
         "output_dir": str(folder / cls.__name__),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **ARGUMENTS,
         "bf16": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from autofit.step.tokenizer import byte_tokenizer
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
-from tests.training.recovery.conftest import FailingAllocations, examples, pad, same, weights
+from tests.training.recovery.conftest import ARGUMENTS, FailingAllocations, examples, pad, same, weights
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
@@ -38,21 +38,7 @@ CHATS = [
 
 
 def arguments(folder, kind=TrainingArguments, **more):
-    values = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "dataloader_pin_memory": False,
-        "seed": 11,
-    }
-    return kind(output_dir=str(folder), **{**values, **more})
+    return kind(output_dir=str(folder), **{**ARGUMENTS, "bf16": False, **more})
 
 
 def of_llama(data=None, **more):
