@@ -51,7 +51,7 @@ def loss_words(training: dict[str, Any]) -> str:
 
 
 def tokens_words(training: dict[str, Any]) -> str:
-    """`120,300 tokens, 2.1 % of padding with them`, of a training's result."""
+    """`120,300 tokens, 2.1% of what ran was padding`, of a training's result."""
     real, run = training["tokens"], training["padded_tokens"]
     padding = f"{1 - real / run:.1%} of what ran was padding" if run > real else "no padding"
     return f"{real:,} tokens, {padding}"

@@ -25,8 +25,8 @@ from tests.step.test_step import example, gradients
 
 PACKED = Candidate(micro_batch_size=8, max_seq_length=64, dtype="float32", layout="packed")
 LENGTHS = (48, 30, 5, 23, 37, 2, 11)
-# Some of each kind that can: a window, soft caps on logits, experts, learned positions, parallel residuals, norms on
-# heads. Those with state, biases or capped scores cannot.
+# Some of each kind that can: a window, experts, learned positions, parallel residuals, norms on heads.
+# Those with state, biases or capped scores cannot.
 CAN = ("llama", "mistral", "gemma3_text", "granitemoe", "qwen3_moe", "gpt_neox", "opt", "cohere2", "phi3", "olmo2")
 CANNOT = (
     "gemma2",
