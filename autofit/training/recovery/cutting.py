@@ -58,10 +58,9 @@ def cut(batches: Sequence[Any], most_tokens: int | None, kind: LossKind, shifted
 
 
 def _is_one_pool(batches: Sequence[Any], kind: LossKind) -> bool:
-    """Whether a row's weight is the same in whichever batch it is."""
-    if kind is LossKind.ROW_MEAN:
-        return len({count_rows(batch) for batch in batches}) == 1
-    return kind is LossKind.SUM and len(batches) > 1
+    """Whether there are several, and a row's weight is the same in whichever of them it is."""
+    alike = kind is LossKind.ROW_MEAN and len({count_rows(batch) for batch in batches}) == 1
+    return len(batches) > 1 and (alike or kind is LossKind.SUM)
 
 
 def weight_of(part: Any, batch: Any, kind: LossKind, shifted: bool) -> float:

@@ -93,6 +93,8 @@ class Strain:
 def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
     """What of the device's memory weights, gradients and optimizer states hold; on a GPU also what all else does.
 
+    States that bitsandbytes pages are in managed memory, which is not the allocator's.
+
     Args:
         optimizer: None where there is none yet.
     """
@@ -103,7 +105,7 @@ def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
     found = {
         "weights": sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values()),
         "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
-        "optimizer": sum(value.nbytes for value in states if torch.is_tensor(value)),
+        "optimizer": sum(value.nbytes for value in states if torch.is_tensor(value) and not hasattr(value, "is_paged")),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found["activations and all else"] = torch.cuda.memory_allocated() - sum(found.values())
