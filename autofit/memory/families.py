@@ -42,7 +42,7 @@ def kin(candidates: Sequence[Candidate], alike: Sequence[list[int]], source: Mod
     """Families together where one trace may do for all: they differ in how many layers they checkpoint only.
 
     The first two and the last two layers must be the same, for no row of layers begins or ends in two ways. A family
-    of one is traced as it is, and so is one with a paged optimizer: how much is paged is told of the traced layers.
+    of one is traced as it is.
     """
     if all(len(indices) == 1 for indices in alike):
         return [[indices] for indices in alike]
@@ -59,7 +59,6 @@ def kin(candidates: Sequence[Candidate], alike: Sequence[list[int]], source: Mod
             and 0 < first.checkpointed_layers <= num_layers
             and first.step == "autofit"
             and first.offload_activations != "all"
-            and not first.optimizer.startswith("paged")
         )
         key = (plain, lengths, tuple(flags[:2]), tuple(flags[-2:])) if shares else number
         groups.setdefault(key, []).append(indices)

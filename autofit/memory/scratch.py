@@ -35,18 +35,21 @@ def _flash_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     length = -(-query.shape[2] // 128) * 128
     accumulated, sums, expanded = _attention_backward(query, key, length)
     head = query.shape[3]
-    rounded = -(-head // 32) * 32 if head <= 192 else 256
-    return [accumulated // head * rounded, sums, *expanded]
+    return [accumulated // head * _rounded(head), sums, *expanded]
+
+
+def _rounded(head: int) -> int:
+    """The head size that flash attention's kernels compute with."""
+    return -(-head // 32) * 32 if head <= 192 else 256
 
 
 def _varlen_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     """As flash attention's, for [tokens, heads, head size]; each sequence counts as 128 tokens more."""
     query, key, sequences = args[1], args[2], args[6].numel() - 1
     tokens, heads, head = query.shape
-    rounded = -(-head // 32) * 32 if head <= 192 else 256
     each = (tokens + 128 * sequences) * heads * 4
     expanded = heads * key.shape[0] * head * query.element_size()
-    return [each, each * rounded, *([expanded, expanded] if heads != key.shape[1] else [])]
+    return [each, each * _rounded(head), *([expanded, expanded] if heads != key.shape[1] else [])]
 
 
 def _efficient_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

@@ -133,6 +133,11 @@ class Candidate:
         return cls(**chosen)
 
 
+def every_n_layers(checkpointed_layers: int, num_layers: int) -> int | None:
+    """With which `every_n_layers` a stock trainer checkpoints so many of its layers; None where no n leaves so many."""
+    return next((n for n in range(1, num_layers + 1) if -(-num_layers // n) == checkpointed_layers), None)
+
+
 def is_checkpointed(layer: int, checkpointed_layers: int, num_layers: int) -> bool:
     """Whether layer 0…num_layers−1 recomputes its activations, when so many layers, evenly spread, do.
 

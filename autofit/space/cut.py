@@ -57,9 +57,10 @@ def pack(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     tokens = sum(lengths[i] for i in rest)
     rows = max(-(-tokens // token_budget), -(-len(rest) // most))
     while rest:
-        packed = _spread(lengths, rest, rows, token_budget, most) or _filled(lengths, rest, rows, token_budget, most)
-        if packed is not None:
-            return alone + packed
+        for fullest in (False, True):  # equal rows are better, but cannot always hold all
+            packed = _placed(lengths, rest, rows, token_budget, most, fullest=fullest)
+            if packed is not None:
+                return alone + packed
         rows += 1
     return alone
 
@@ -74,28 +75,17 @@ def whole_blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def _spread(lengths: Sequence[int], order: list[int], rows: int, budget: int, most: int) -> list[list[int]] | None:
-    """So many rows of about equal size: each sequence, longest first, to the emptiest. None where one gets too full."""
-    packed: list[list[int]] = [[] for _ in range(rows)]
-    filled = [0] * rows
-    for i in order:
-        row = min((r for r in range(rows) if len(packed[r]) < most), key=filled.__getitem__)
-        if filled[row] + lengths[i] > budget:
-            return None
-        packed[row].append(i)
-        filled[row] += lengths[i]
-    return packed
-
-
-def _filled(lengths: Sequence[int], order: list[int], rows: int, budget: int, most: int) -> list[list[int]] | None:
-    """So many rows, each sequence, longest first, to the fullest that still has room; None where none has."""
+def _placed(
+    lengths: Sequence[int], order: list[int], rows: int, budget: int, most: int, *, fullest: bool
+) -> list[list[int]] | None:
+    """So many rows: each sequence, longest first, to the emptiest or the `fullest` with room; None where none has."""
     packed: list[list[int]] = [[] for _ in range(rows)]
     filled = [0] * rows
     for i in order:
         room = [r for r in range(rows) if filled[r] + lengths[i] <= budget and len(packed[r]) < most]
         if not room:
             return None
-        row = max(room, key=filled.__getitem__)
+        row = (max if fullest else min)(room, key=filled.__getitem__)
         packed[row].append(i)
         filled[row] += lengths[i]
     return packed

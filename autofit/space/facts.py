@@ -53,6 +53,11 @@ class DataFacts(_Facts):
     dropped_examples: int = 0
     fingerprint: str = ""
 
+    @classmethod
+    def of_equal(cls, count: int, length: int) -> DataFacts:
+        """So many sequences of so many tokens, all trained."""
+        return cls(num_examples=count, longest=length, lengths=(length,) * count, trained_tokens=(length,) * count)
+
     def truncation_cost(self, max_seq_length: int) -> tuple[int, float]:
         """What cutting sequences to `max_seq_length` tokens deletes: (examples cut, share of trained tokens lost).
 
@@ -83,6 +88,11 @@ class DeviceFacts(_Facts):
         """The largest head size whose variable-length flash attention can be trained; 0 where there is none."""
         capability = self.compute_capability
         return 0 if capability is None or capability < (8, 0) else 192 if has_narrow_flash(capability) else 256
+
+
+def can_pack(model: ModelFacts, device: DeviceFacts, dtype: str) -> bool:
+    """Whether the attention of a model, computed in this type, can keep sequences in a row apart on a GPU."""
+    return dtype != "float32" and 0 < (model.packed_head_size or 0) <= device.widest_varlen_head
 
 
 def has_narrow_flash(capability: tuple[int, int]) -> bool:

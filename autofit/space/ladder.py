@@ -88,9 +88,10 @@ def _steps_down(knob: str, wish: Candidate, limits: Limits) -> list[int | str]:
         return sorted((r for r in rows if r < wish.micro_batch_size), reverse=True)
     if knob == "checkpointed_layers":
         layers = limits.checkpointable_layers
+        counts = {layers // 4, layers // 2, 3 * layers // 4, layers}
         if limits.stock:
-            return sorted({-(-layers // every) for every in _EVERY if layers} - {0, wish.checkpointed_layers})
-        return [n for n in sorted({layers // 4, layers // 2, 3 * layers // 4, layers}) if n > wish.checkpointed_layers]
+            counts = {-(-layers // every) for every in _EVERY}
+        return [n for n in sorted(counts) if n > wish.checkpointed_layers]
     if knob == "optimizer":
         paged = {"adamw_torch": "paged_adamw_32bit", "adamw_8bit": "paged_adamw_8bit"}
         return [paged[wish.optimizer]] if limits.can_page and wish.optimizer in paged else []

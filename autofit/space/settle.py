@@ -8,7 +8,7 @@ from typing import Any
 
 from autofit.errors import UsageError
 from autofit.space.candidate import Candidate
-from autofit.space.facts import DeviceFacts, ModelFacts
+from autofit.space.facts import DeviceFacts, ModelFacts, can_pack
 
 # What a candidate has where neither it nor the model's positions say anything else.
 DEFAULT_LENGTH = 2048
@@ -83,7 +83,7 @@ def _check_packing(dtype: str, model: ModelFacts, device: DeviceFacts) -> None:
     size = model.packed_head_size
     if size is None:
         raise UsageError(f"layout packed: the attention of {model.architecture} cannot keep sequences apart in a row")
-    if device.type != "cpu" and (dtype == "float32" or size > device.widest_varlen_head):
+    if device.type != "cpu" and not can_pack(model, device, dtype):
         raise UsageError(f"layout packed: {device.name} has no such attention for {dtype} and heads of {size}")
 
 

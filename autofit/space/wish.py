@@ -9,7 +9,7 @@ from typing import Any
 from autofit.errors import UsageError
 from autofit.space.budget import MemoryBudget
 from autofit.space.candidate import Candidate
-from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
+from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts, can_pack
 from autofit.space.units import format_bytes
 
 
@@ -73,9 +73,7 @@ def make_wish(
 
 def choose_layout(model: ModelFacts, data: DataFacts, device: DeviceFacts, dtype: str) -> str:
     """Packed where sequences differ in length, and the device's attention can keep them apart in one row."""
-    if len(set(data.lengths)) < 2 or dtype == "float32":
-        return "padded"
-    return "packed" if 0 < (model.packed_head_size or 0) <= device.widest_varlen_head else "padded"
+    return "packed" if len(set(data.lengths)) > 1 and can_pack(model, device, dtype) else "padded"
 
 
 def check_pins(wish: Candidate, pins: frozenset[str], model: ModelFacts, budget: MemoryBudget) -> None:

@@ -61,11 +61,17 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
 def collate_packed(examples: Sequence[Example]) -> MicroBatch:
     """The sequences one after the other in a single row."""
     lengths = [len(e["input_ids"]) for e in examples]
-    ends = torch.tensor([0, *lengths]).cumsum(0)
     input_ids = torch.cat([_tensor(e["input_ids"]) for e in examples])[None]
-    place = torch.cat([torch.arange(length) for length in lengths])[None]
-    positions, targets = _trained(examples, ends.tolist())
-    return MicroBatch(input_ids, positions, targets, Packing(place, ends.to(torch.int32), tuple(lengths)))
+    packing = _packing(lengths)
+    positions, targets = _trained(examples, packing.starts.tolist())
+    return MicroBatch(input_ids, positions, targets, packing)
+
+
+def _packing(lengths: Sequence[int]) -> Packing:
+    """Sequences of these lengths, one after the other."""
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return Packing(places, starts, tuple(lengths))
 
 
 def _trained(examples: Sequence[Example], begins: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,9 +128,7 @@ def worst_packed(token_budget: int, max_seq_length: int, vocabulary: int) -> Mic
     ends = torch.linspace(longest, tokens, others + 1).long().tolist()
     lengths = [longest, *(end - begin for begin, end in itertools.pairwise(ends))]
     row = torch.arange(tokens) % vocabulary
-    place = torch.cat([torch.arange(length) for length in lengths])[None]
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return MicroBatch(row[None], torch.arange(tokens), row.clone(), Packing(place, starts, tuple(lengths)))
+    return MicroBatch(row[None], torch.arange(tokens), row.clone(), _packing(lengths))
 
 
 def full_rows(rows: int, length: int, vocabulary: int) -> MicroBatch:

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 
 from autofit.errors import UsageError
-from autofit.space.candidate import Candidate, is_checkpointed
+from autofit.space.candidate import Candidate, every_n_layers, is_checkpointed
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config
 from autofit.step.data_access import first_line, hub_error
@@ -238,14 +238,14 @@ def checkpointing_flags(candidate: Candidate, num_layers: int) -> list[bool]:
         raise UsageError(f"checkpointed_layers {wanted}: the model has only {num_layers}")
     if candidate.step == "autofit":
         return [is_checkpointed(i, wanted, num_layers) for i in range(num_layers)]
-    counts = {-(-num_layers // every): every for every in range(num_layers, 0, -1)}
-    if wanted not in counts:
-        valid = ", ".join(map(str, sorted(counts)))
+    every = every_n_layers(wanted, num_layers)
+    if every is None:
+        valid = ", ".join(map(str, sorted({-(-num_layers // n) for n in range(1, num_layers + 1)})))
         raise UsageError(
             f"checkpointed_layers {wanted} with step {candidate.step}: every n-th of {num_layers} layers "
             f"leaves one of {valid}"
         )
-    return [i % counts[wanted] == 0 for i in range(num_layers)]
+    return [i % every == 0 for i in range(num_layers)]
 
 
 def _leave_inputs_alone(base: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from autofit.errors import NothingFits, UsageError
 from autofit.search.fit_report import why_nothing_fits
 from autofit.search.outcome import SearchOutcome, SearchSpace, TrialEvent
 from autofit.search.study import TrialStudy
-from autofit.space.candidate import LOSSY, OPTIMIZERS, Candidate
+from autofit.space.candidate import LOSSY, OPTIMIZERS, Candidate, every_n_layers
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.ladder import RUNGS, check_knob
 from autofit.space.source import ModelSource
@@ -120,7 +120,7 @@ def fit(
         prepared = Prepared(
             source=source,
             model=ModelFacts.from_json(found["facts"]),
-            data=_data(asked["max_seq_length"], asked["global_batch_size"]),
+            data=DataFacts.of_equal(asked["global_batch_size"], asked["max_seq_length"]),
             device=device,
             notes=(),
         )
@@ -128,7 +128,7 @@ def fit(
         space = _of_stock(space, step)
         study = TrialStudy(Path(scratch), fingerprint(prepared, budget, trial_timeout))
         fitting = Fitting(config=config, prepared=prepared, budget=budget, sandbox=sandbox, work=Path(scratch) / "work")
-        outcome = fitting.search(space, study, _on_trial, _Narrator())
+        outcome = fitting.search(space, study, _on_trial, _log.warning)
     if outcome.winner is None:
         raise NothingFits(why_nothing_fits(outcome, space, budget, device))
     chosen = outcome.winner.candidate
@@ -191,10 +191,6 @@ def _asked(args: TrainingArguments, peft_config: LoraConfig, longest: int) -> di
     }
 
 
-def _data(longest: int, count: int) -> DataFacts:
-    return DataFacts(num_examples=count, longest=longest, lengths=(longest,) * count, trained_tokens=(longest,) * count)
-
-
 def _of_stock(space: SearchSpace, step: str) -> SearchSpace:
     """The space of a stock trainer's step."""
     return replace(space, wish=space.wish.replace(step=step), limits=replace(space.limits, stock=True))
@@ -208,7 +204,7 @@ def _with(args: TrainingArguments, chosen: Candidate, batch: int, layers: int) -
     new.activation_checkpointing = chosen.checkpointed_layers > 0
     new.activation_checkpointing_kwargs = None
     if chosen.checkpointed_layers:
-        every = next(n for n in range(1, layers + 1) if -(-layers // n) == chosen.checkpointed_layers)
+        every = every_n_layers(chosen.checkpointed_layers, layers)
         new.activation_checkpointing_kwargs = {"use_reentrant": False, "every_n_layers": every}
     if getattr(new, "max_length", None) is not None:
         new.max_length = chosen.max_seq_length
@@ -224,22 +220,3 @@ def _with_rank(peft_config: LoraConfig, rank: int) -> LoraConfig:
 def _on_trial(event: TrialEvent) -> None:
     if event.result is not None:
         _log.info("trial %d: %s, %s", event.number + 1, event.result.status.value, event.candidate.to_json())
-
-
-class _Narrator:
-    """Tells the log."""
-
-    def say(self, text: str) -> None:
-        _log.info(text)
-
-    def warn(self, text: str) -> None:
-        _log.warning(text)
-
-    def trial(self, event: TrialEvent) -> None:
-        _on_trial(event)
-
-    def plan(self, report: Any) -> None:
-        pass
-
-    def training(self, record: dict[str, Any]) -> None:
-        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from autofit.search.outcome import Observer, SearchOutcome, SearchSpace, TrialSt
 from autofit.search.planned import NoForecast, plan_and_probe
 from autofit.search.runner import SandboxRunner
 from autofit.space.budget import MemoryBudget
-from autofit.training.narrator import Narrator
 from autofit.training.question import Prepared
 from autofit.trial.sandbox import Sandbox
 
@@ -44,9 +44,9 @@ class Fitting:
             deadline_seconds=self.config.trial_timeout,
         )
 
-    def forecaster(self, narrator: Narrator) -> SandboxForecaster:
+    def forecaster(self, warn: Callable[[str], None]) -> SandboxForecaster:
         """Who estimates, corrected by what `autofit calibrate` found out about the device."""
-        calibration = load_calibration(self.prepared.device, narrator.warn)
+        calibration = load_calibration(self.prepared.device, warn)
         return SandboxForecaster(
             sandbox=self.sandbox,
             folder=self.work / "forecast",
@@ -56,11 +56,13 @@ class Fitting:
             deadline_seconds=self.config.trial_timeout,
         )
 
-    def search(self, space: SearchSpace, store: TrialStore, on_trial: Observer, narrator: Narrator) -> SearchOutcome:
+    def search(
+        self, space: SearchSpace, store: TrialStore, on_trial: Observer, warn: Callable[[str], None]
+    ) -> SearchOutcome:
         """The search that the config asks for; by trials alone where the model cannot be estimated."""
         if self.config.search == "plan":
             try:
-                return plan_and_probe(space, self.budget, self.forecaster(narrator), self.runner(), store, on_trial)
+                return plan_and_probe(space, self.budget, self.forecaster(warn), self.runner(), store, on_trial)
             except NoForecast as error:
-                narrator.warn(f"this model cannot be estimated ({error}); searching by trials alone")
+                warn(f"this model cannot be estimated ({error}); searching by trials alone")
         return measure(space, self.budget, self.runner(), store, on_trial)

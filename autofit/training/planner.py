@@ -108,7 +108,7 @@ def _assumed(config: RunConfig, model: ModelFacts) -> DataFacts:
     for."""
     length = config.max_seq_length or min(DEFAULT_LENGTH, model.max_positions or DEFAULT_LENGTH)
     count = config.global_batch_size
-    return DataFacts(num_examples=count, longest=length, lengths=(length,) * count, trained_tokens=(length,) * count)
+    return DataFacts.of_equal(count, length)
 
 
 def ask(sandbox: Sandbox, entry: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class Run:
         space, budget = search_space(self.config, prepared)
         announce(self.narrator, self.config, prepared, budget, space.wish)
         study = TrialStudy(self.workspace.folder, fingerprint(prepared, budget, self.config.trial_timeout))
-        outcome = self._fitting(prepared, budget).search(space, study, self._on_trial, self.narrator)
+        outcome = self._fitting(prepared, budget).search(space, study, self._on_trial, self.narrator.warn)
         if outcome.winner is None:
             raise self._no_winner(outcome, space, budget, prepared.device)
         trained = goes_on_with(self.workspace.folder, outcome.winner.candidate)
@@ -252,7 +252,7 @@ class Run:
         return Restarting(
             space=space,
             facts=facts,
-            forecaster=self._fitting(prepared, budget).forecaster(self.narrator),
+            forecaster=self._fitting(prepared, budget).forecaster(self.narrator.warn),
             workspace=self.workspace,
             narrator=self.narrator,
             start=start,

@@ -156,8 +156,9 @@ def test_processes_side_by_side_say_the_same(sources):
     assert together == alone
 
 
-def test_numbers_of_checkpointed_layers_share_a_trace(sources, traces):
-    base = BASE.replace(checkpointed_layers=1)
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_32bit"])
+def test_numbers_of_checkpointed_layers_share_a_trace(sources, traces, optimizer):
+    base = BASE.replace(checkpointed_layers=1, optimizer=optimizer, lora_rank=2048 if "paged" in optimizer else 4)
     candidates = [c for n in (6, 7) for c in of(base.replace(checkpointed_layers=n), (1, 256), (4, 256))]
     found = estimate_many(candidates, sources["deep"], H200)
     assert len([rows for rows, _ in traces if rows > 4]) == 1
@@ -165,6 +166,8 @@ def test_numbers_of_checkpointed_layers_share_a_trace(sources, traces):
         traced = estimate(candidate, sources["deep"], H200)
         assert estimated.peak_allocated_bytes == traced.peak_allocated_bytes
         assert estimated.peak_phase == traced.peak_phase
+        assert estimated.paged_bytes == traced.paged_bytes
+        assert (traced.paged_bytes > 0) == ("paged" in optimizer)
 
 
 def test_a_trace_that_serves_one_number_only_is_made_for_each(sources, traces, monkeypatch):
