@@ -7,12 +7,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with two spinning threads each on two cores wait for each other most of the time.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
+
+
+@pytest.fixture(autouse=True)
+def signals_stay():
+    """The command's handlers, which stay for a process's life, end with a test that calls it in this one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 CPU = DeviceFacts(type="cpu", name="cpu", total_bytes=8 * 2**30)
 
