@@ -206,7 +206,7 @@ class _Run:
         self.states = [[s.untyped_storage()._cdata for s in self._states_of(layer, rehearsal)] for layer in self.layers]
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.tracer.label((s for p in trainable for s in _states(rehearsal.optimizer, p)), "optimizer")
-        return self.tracer.finish(), batches[0].padded_tokens
+        return self.tracer.finish(), batches[0].tokens
 
     def _states_of(self, layer: torch.nn.Module, rehearsal: Rehearsal) -> Iterator[torch.Tensor]:
         return (s for p in layer.parameters() if p.requires_grad for s in _states(rehearsal.optimizer, p))

@@ -37,8 +37,13 @@ class MicroBatch:
         return self.input_ids, self.positions, self.targets, *packing
 
     @property
-    def padded_tokens(self) -> int:
+    def tokens(self) -> int:
+        """Padding included."""
         return self.input_ids.numel()
+
+    @property
+    def sequences(self) -> int:
+        return len(self.input_ids) if self.packing is None else len(self.packing.lengths)
 
     def to(self, device: str | torch.device) -> MicroBatch:
         """The same micro-batch on a device; from pinned host memory this does not wait."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from transformers import Trainer, TrainingArguments
 
 from autofit.errors import AutofitError, OutOfBudget
 from autofit.space.candidate import Candidate
-from autofit.step.batch import Example, micro_batches, trained_tokens
+from autofit.step.batch import Example, MicroBatch, micro_batches, trained_tokens
 from autofit.step.step import Step
-from autofit.training.recovery.faults import QUIET_STEPS, Record, Strain, Watch, free_memory, held_bytes, retried
+from autofit.training.recovery.faults import Record, Watch, free_memory
 from autofit.training.recovery.optimizing import all_or_nothing
-from autofit.training.recovery.recomputing import keeps_some, recomputing
+from autofit.training.recovery.redoing import RedoesSteps
 from autofit.training.recovery.saving import WholeCheckpoints
 from autofit.training.recovery.stopping import StopsOnSignals
 from autofit.training.recovery.undo import Snapshot
@@ -40,7 +39,7 @@ class NonFiniteLoss(AutofitError):
     """The loss is no number any more; the last checkpoint is from before that."""
 
 
-class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
+class StepTrainer(RedoesSteps, StopsOnSignals, WholeCheckpoints, Trainer):
     """Runs `Step` once for each micro-batch of a global batch; the Trainer sees one batch a step, never the cut.
 
     The model is the step's, as built: mixed precision and checkpointing are the builder's and the step's affair.
@@ -53,9 +52,7 @@ class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
         self.step = step
         self.candidate = candidate
         self.pad_token_id = pad_token_id
-        self._token_budget = self._eval_budget = candidate.token_budget
-        self._quiet = 0
-        self._strain = Strain()
+        self._eval_budget = candidate.token_budget
         self._tokens = {"tokens": 0, "padded_tokens": 0}
         self.recovery = Record(args.output_dir)
         super().__init__(model=step.model, args=args, data_collator=collate_global_batch, **kwargs)
@@ -67,58 +64,18 @@ class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
     ) -> torch.Tensor:
         """The gradients of one global batch; returns its mean loss per trained token, on the device.
 
-        Where it runs out of memory it is undone and done again: the same, then in smaller micro-batches, then with all
-        activations recomputed.
+        Where it runs out of memory it is undone and done again, see `RedoesSteps`.
 
         Raises:
-            OutOfBudget: its longest sequence does not fit alone, not even so.
+            OutOfBudget: a sequence does not fit alone, whatever is recomputed and kept on the host.
         """
         model.train()
         examples = inputs["batch"].examples
-        longest = max(len(example["input_ids"]) for example in examples)
-        before = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
-        same_again, recompute = True, False
-        while True:
-            with (
-                Watch(lambda: held_bytes(model, self.optimizer)) as watch,
-                recomputing(model) if recompute else contextlib.nullcontext(),
-            ):
-                batches = list(micro_batches(examples, self._token_budget, self.pad_token_id, self.candidate.layout))
-                loss = self.step.accumulate(batches, trained_tokens(examples))
-            if watch.fault is None:
-                break
-            model.zero_grad()
-            free_memory()
-            before.restore()
-            if same_again:
-                same_again, did = False, "freed memory and tried the same again"
-            elif self._token_budget > longest:
-                self._token_budget = max(longest, self._token_budget // 2)
-                did = f"cut into micro-batches of at most {self._token_budget} tokens"
-            elif not recompute and keeps_some(model):
-                recompute, did = True, "recomputes all activations in this step"
-            else:
-                raise OutOfBudget(
-                    f"step {self.state.global_step + 1} does not fit: a sequence of {longest} tokens alone, with all "
-                    f"activations recomputed, is too much; {watch.fault}"
-                )
-            self.recovery.oom(watch, "step", did, step=self.state.global_step)
+        batches, losses = self._gradients(model, _Cut(self, examples))
         self._tokens["tokens"] += sum(len(example["input_ids"]) for example in examples)
-        self._tokens["padded_tokens"] += sum(batch.padded_tokens for batch in batches)
-        self._grow_back(quiet=same_again)
-        if self._strain.after_step() and self._token_budget > longest:
-            self._token_budget = max(longest, self._token_budget // 2)
-            self.recovery.add("strain", step=self.state.global_step, tokens=self._token_budget)
+        self._tokens["padded_tokens"] += sum(batch.tokens for batch in batches)
         self.step.before_optimizer(self.optimizer.optimizer)  # type: ignore[union-attr]  # accelerate wraps it
-        return loss
-
-    def _grow_back(self, quiet: bool) -> None:
-        """After enough steps without a fault micro-batches get larger again."""
-        self._quiet = self._quiet + 1 if quiet else 0
-        if self._token_budget < self.candidate.token_budget and self._quiet >= QUIET_STEPS:
-            self._quiet = 0
-            self._token_budget = min(2 * self._token_budget, self.candidate.token_budget)
-            self.recovery.add("grow", step=self.state.global_step, tokens=self._token_budget)
+        return torch.stack(losses).sum()
 
     def prediction_step(
         self,
@@ -164,3 +121,25 @@ class StepTrainer(StopsOnSignals, WholeCheckpoints, Trainer):
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not counted: the stock count needs tensors that this loader does not yield."""
         return 0
+
+
+class _Cut:
+    """A global batch as `redoing.Work`."""
+
+    def __init__(self, trainer: StepTrainer, examples: Sequence[Example]) -> None:
+        self._trainer, self._examples = trainer, examples
+        self._normalizer = trained_tokens(examples)
+
+    def pieces(self, most_tokens: int | None) -> list[MicroBatch]:
+        candidate = self._trainer.candidate
+        budget = most_tokens or candidate.token_budget
+        return list(micro_batches(self._examples, budget, self._trainer.pad_token_id, candidate.layout))
+
+    def run(self, piece: MicroBatch) -> torch.Tensor:
+        return self._trainer.step.micro_batch(piece, self._normalizer)
+
+    def finer(self, failed: MicroBatch, before: Snapshot) -> int | None:
+        return failed.tokens // 2 if failed.sequences > 1 else None
+
+    def why(self, failed: MicroBatch) -> str:
+        return f"a sequence of {failed.tokens} tokens alone is too much, with all activations recomputed"

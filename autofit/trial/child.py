@@ -107,7 +107,7 @@ class _Trial:
             start = time.perf_counter()
             rehearsal.optimizer_step(batch, count)
             seconds = self.gradients_at - start
-        return count * batch.padded_tokens / seconds
+        return count * batch.tokens / seconds
 
     def _measured(self, phase: str, what: Callable[[], object]) -> int:
         """Runs a phase; returns its peak as the driver sees it, in bytes."""

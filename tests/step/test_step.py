@@ -44,7 +44,7 @@ def test_rows_are_right_padded_and_positions_point_at_what_predicts():
     assert batch.input_ids.tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch.positions.tolist() == [0, 1, 3]
     assert batch.targets.tolist() == [2, 3, 5]
-    assert batch.padded_tokens == 6
+    assert batch.tokens == 6
 
 
 def test_the_loss_is_transformers_own(step):

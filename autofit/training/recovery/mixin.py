@@ -15,9 +15,9 @@ from autofit.errors import OutOfBudget
 from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
 from autofit.training.recovery.evaluating import RecoveringEvaluation
-from autofit.training.recovery.faults import QUIET_STEPS, Record, Strain, Watch, free_memory, held_bytes, retried
+from autofit.training.recovery.faults import Record, Watch, retried
 from autofit.training.recovery.optimizing import all_or_nothing
-from autofit.training.recovery.recomputing import keeps_some, recomputing
+from autofit.training.recovery.redoing import RedoesSteps
 from autofit.training.recovery.refusals import check_arguments, check_trainer
 from autofit.training.recovery.rows import can_be_cut, count_rows
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -35,7 +35,7 @@ class _Window:
     seen: int = 0
 
 
-class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
+class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
     """Mixed into a trainer class, before it.
 
     The stock loop hands over the micro-batches of an optimizer step one by one. All but the last are answered with
@@ -56,9 +56,6 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
         self.recovery = Record(trainer.args.output_dir)
         self._cap = None if gpu_mem is None else Cap(gpu_mem, trainer.model, trainer.args.device)
         self._window: _Window | None = None
-        self._most_tokens: int | None = None
-        self._quiet = 0
-        self._strain = Strain()
         self._kind: LossKind | None = None
         if trainer.optimizer is not None:
             all_or_nothing(trainer.optimizer, self.recovery)
@@ -135,49 +132,12 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
 
     def _run(self, model: nn.Module, batches: Sequence[Any], items: Any) -> list[torch.Tensor]:
         """The losses of the pieces, after however many attempts."""
-        before = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
-        same_again, recompute = True, False
-        while True:
-            pieces = cut(batches, self._most_tokens, self._kind or LossKind.WHOLE, self._shifted)
-            losses: list[torch.Tensor] = []
-            with Watch(lambda: held_bytes(model, self.optimizer)) as watch:  # type: ignore[attr-defined]
-                self._attempt(model, pieces, items, recompute, losses)
-            if watch.fault is None:
-                self._grow_back(batches, quiet=same_again and not recompute)
-                if self._strain.after_step():
-                    self._ease(model, batches, items, pieces)
-                return losses
-            failed = pieces[min(len(losses), len(pieces) - 1)]
-            del losses
-            model.zero_grad()  # accelerate's optimizer.zero_grad does nothing within a step
-            free_memory()
-            before.restore()
-            if same_again:
-                same_again = False
-                self._note(watch, pieces, "freed memory and tried the same again")
-                continue
-            if self._kind is None:
-                self._kind = self._measured_kind(model, batches, items, before)
-            most = None if self._kind is None else finer(failed, self._kind)
-            if most is not None:
-                self._most_tokens = most
-                self._note(watch, pieces, f"cut into pieces of at most {most} tokens")
-            elif not recompute and keeps_some(model):
-                recompute = True
-                self._note(watch, pieces, "recomputes activations in this step")
-            else:
-                self._note(watch, pieces, "gave up")
-                raise OutOfBudget(self._why(failed, watch.fault))
+        return self._gradients(model, _Cut(self, model, batches, items))[1]
 
-    def _attempt(
-        self, model: nn.Module, pieces: Sequence[Piece], items: Any, recompute: bool, losses: list[torch.Tensor]
-    ) -> None:
-        """Adds to `losses` that of each piece as it is through."""
-        with recomputing(model) if recompute else contextlib.nullcontext():
-            for piece in pieces:
-                with self._weighted(piece.weight):
-                    loss = super().training_step(model, piece.batch, items)  # type: ignore[misc]
-                losses.append(loss if piece.weight == 1.0 else loss * piece.weight)
+    def _run_piece(self, model: nn.Module, piece: Piece, items: Any) -> torch.Tensor:
+        with self._weighted(piece.weight):
+            loss: torch.Tensor = super().training_step(model, piece.batch, items)  # type: ignore[misc]
+        return loss if piece.weight == 1.0 else loss * piece.weight
 
     @contextlib.contextmanager
     def _weighted(self, weight: float) -> Iterator[None]:
@@ -203,7 +163,7 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
                 trainer._tr_loss += loss
         return losses[-1]
 
-    # Smaller pieces, and larger ones again
+    # Smaller pieces
 
     def _measured_kind(self, model: nn.Module, batches: Sequence[Any], items: Any, before: Snapshot) -> LossKind | None:
         """None where nothing says: no batch of this step can be cut, or measuring did not fit either."""
@@ -231,37 +191,31 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
             self.recovery.add("loss", kind=kind.value)
         return kind
 
-    def _ease(self, model: nn.Module, batches: Sequence[Any], items: Any, pieces: Sequence[Piece]) -> None:
-        """The next steps in smaller pieces, before one fails."""
-        if self._kind is None:
-            self._kind = self._measured_kind(model, batches, items, Snapshot(self, model))
-        most = None if self._kind is None else finer(max(pieces, key=lambda piece: piece.tokens), self._kind)
-        if most is not None:
-            self._most_tokens = most
-            self.recovery.add("strain", step=self.state.global_step, most_tokens=most)  # type: ignore[attr-defined]
 
-    def _grow_back(self, batches: Sequence[Any], quiet: bool) -> None:
-        self._quiet = self._quiet + 1 if quiet else 0
-        if self._most_tokens is None or self._quiet < QUIET_STEPS:
-            return
-        self._quiet = 0
-        self._most_tokens *= 2
-        whole = all(Piece(batch).tokens <= self._most_tokens for batch in batches)
-        self.recovery.add("grow", most_tokens=None if whole else self._most_tokens)
-        if whole:
-            self._most_tokens = None
+@dataclass
+class _Cut:
+    """An optimizer step's micro-batches as `redoing.Work`."""
 
-    def _note(self, watch: Watch, pieces: Sequence[Piece], did: str) -> None:
-        step = self.state.global_step  # type: ignore[attr-defined]
-        largest = max(piece.tokens for piece in pieces)
-        about = {"step": step, "pieces": len(pieces), "largest_tokens": largest}
-        self.recovery.oom(watch, "step", did, **about)
+    trainer: Any
+    model: nn.Module
+    batches: Sequence[Any]
+    items: Any
 
-    def _why(self, failed: Piece, fault: str) -> str:
-        if self._kind is LossKind.WHOLE:
-            what = "the loss takes all rows of a micro-batch together, so it cannot be cut"
-        elif count_rows(failed.batch) > 1:
-            what = f"{failed.tokens} tokens are too many and cannot be cut: its loss could not be measured"
-        else:
-            what = f"a single row of {failed.tokens} tokens is too much"
-        return f"step {self.state.global_step + 1} does not fit: {what}; {fault}"  # type: ignore[attr-defined]
+    def pieces(self, most_tokens: int | None) -> list[Piece]:
+        return cut(self.batches, most_tokens, self.trainer._kind or LossKind.WHOLE, self.trainer._shifted)
+
+    def run(self, piece: Piece) -> torch.Tensor:
+        loss: torch.Tensor = self.trainer._run_piece(self.model, piece, self.items)
+        return loss
+
+    def finer(self, failed: Piece, before: Snapshot) -> int | None:
+        if self.trainer._kind is None:
+            self.trainer._kind = self.trainer._measured_kind(self.model, self.batches, self.items, before)
+        return None if self.trainer._kind is None else finer(failed, self.trainer._kind)
+
+    def why(self, failed: Piece) -> str:
+        if self.trainer._kind is LossKind.WHOLE:
+            return "the loss takes all rows of a micro-batch together, so it cannot be cut"
+        if count_rows(failed.batch) > 1:
+            return f"{failed.tokens} tokens are too many and cannot be cut: its loss could not be measured"
+        return f"a single row of {failed.tokens} tokens is too much"

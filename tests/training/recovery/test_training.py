@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from autofit.errors import OutOfBudget, UsageError
 from autofit.memory.ledger import Ledger
-from autofit.training.recovery import cutting, faults, mixin, optimizing, undo
+from autofit.training.recovery import cutting, faults, mixin, optimizing, redoing, undo
 from autofit.training.recovery.faults import Record, Watch
 from autofit.training.recovery.trainers import AutoFitTrainer
 from tests.training.recovery.conftest import FailingAllocations, farthest, same, weights
@@ -93,7 +93,7 @@ def test_under_a_limit_it_trains_on_or_says_that_it_cannot(made):
 
 
 def test_a_cut_grows_back(made, monkeypatch):
-    monkeypatch.setattr(mixin, "QUIET_STEPS", 2)
+    monkeypatch.setattr(redoing, "QUIET_STEPS", 2)
     ours = made(AutoFitTrainer, max_steps=8)
     counter = FailingAllocations()
     trained(made(AutoFitTrainer, max_steps=1), counter)
@@ -258,7 +258,7 @@ def keep_partial_gradients(monkeypatch):
     genuine = torch.nn.Module.zero_grad
 
     def zero_grad(self, set_to_none=True):
-        if not sys._getframe(1).f_code.co_filename.endswith("mixin.py"):
+        if not sys._getframe(1).f_code.co_filename.endswith("redoing.py"):
             genuine(self, set_to_none)
 
     monkeypatch.setattr(torch.nn.Module, "zero_grad", zero_grad)

@@ -1,0 +1,164 @@
+"""One optimizer step's gradients, after however many attempts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from autofit.errors import OutOfBudget
+from autofit.step.recomputing import keeps_some, recomputing
+from autofit.training.recovery.faults import QUIET_STEPS, Record, Strain, Watch, free_memory, held_bytes, retried
+from autofit.training.recovery.undo import Snapshot
+
+
+class Work(Protocol):
+    """An optimizer step's work, in pieces of at most as many tokens as are wished; a piece has `tokens`."""
+
+    def pieces(self, most_tokens: int | None) -> Sequence[Any]:
+        """All of it; None cuts nothing that need not be."""
+
+    def run(self, piece: Any) -> torch.Tensor:
+        """Adds the gradients of a piece; returns its part of the step's loss."""
+
+    def finer(self, failed: Any, before: Snapshot) -> int | None:
+        """How many tokens a piece may have next; None where this one cannot be cut."""
+
+    def why(self, failed: Any) -> str:
+        """Why it cannot, or that it is a single sequence."""
+
+
+class Thrift(IntEnum):
+    """How a piece runs that does not fit as the model was built."""
+
+    NONE = 0
+    RECOMPUTE = 1
+    OFFLOAD = 2
+
+
+_DID = {
+    Thrift.RECOMPUTE: "recomputes all activations of pieces of {} tokens or more",
+    Thrift.OFFLOAD: "recomputes all activations of pieces of {} tokens or more from what is kept on the host",
+}
+
+
+@dataclass
+class _Frugal:
+    """From how many tokens on a piece is run with thrift."""
+
+    how: Thrift = Thrift.NONE
+    from_tokens: int = 0
+
+    def around(self, model: nn.Module, tokens: int) -> contextlib.AbstractContextManager[None]:
+        if self.how is Thrift.NONE or tokens < self.from_tokens:
+            return contextlib.nullcontext()
+        return recomputing(model, offload=self.how is Thrift.OFFLOAD)
+
+    def next_for(self, model: nn.Module, tokens: int) -> _Frugal | None:
+        """What may let a piece of so many tokens fit; None where there is nothing more."""
+        if self.how is not Thrift.NONE and tokens < self.from_tokens:
+            return _Frugal(self.how, tokens)
+        if self.how is Thrift.NONE and keeps_some(model):
+            return _Frugal(Thrift.RECOMPUTE, tokens)
+        if self.how is Thrift.OFFLOAD or not _has_host(model):
+            return None
+        return _Frugal(Thrift.OFFLOAD, tokens if self.how is Thrift.NONE else self.from_tokens)
+
+
+def _has_host(model: nn.Module) -> bool:
+    """Whether activations can be kept elsewhere than where the model is."""
+    return next(model.parameters()).device.type == "cuda"
+
+
+class RedoesSteps:
+    """Mixed into a trainer class: what it learned of how much goes through its model at once.
+
+    After an out-of-memory the same is tried again; then in smaller pieces; a piece that cannot be cut runs with all
+    activations recomputed, then from what is kept on the host. After `QUIET_STEPS` steps without another it is undone.
+    """
+
+    recovery: Record
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._most_tokens: int | None = None
+        self._frugal = _Frugal()
+        self._quiet = 0
+        self._strain = Strain()
+        super().__init__(*args, **kwargs)
+
+    def _gradients(self, model: nn.Module, work: Work) -> tuple[Sequence[Any], list[torch.Tensor]]:
+        """Leaves a step's gradients in the model; returns the pieces in which it was done, and their losses.
+
+        Raises:
+            OutOfBudget: it does not fit in any way that leaves the result as it is.
+        """
+        trainer: Any = self
+        before = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
+        quiet = True
+        while True:
+            pieces = retried(self.recovery, "cut", lambda: work.pieces(self._most_tokens))
+            losses: list[torch.Tensor] = []
+            with Watch(lambda: held_bytes(model, trainer.optimizer)) as watch:
+                for piece in pieces:
+                    with self._frugal.around(model, piece.tokens):
+                        losses.append(work.run(piece))
+            if watch.fault is None:
+                self._after_step(work, pieces, quiet)
+                return pieces, losses
+            failed = pieces[min(len(losses), len(pieces) - 1)]
+            del losses
+            model.zero_grad()  # accelerate's optimizer.zero_grad does nothing within a step
+            free_memory()
+            before.restore()
+            did = "freed memory and tried the same again" if quiet else self._learn(model, work, failed, before)
+            quiet = False
+            about = {"pieces": len(pieces), "largest_tokens": max(piece.tokens for piece in pieces)}
+            self.recovery.oom(watch, "step", did or "gave up", step=trainer.state.global_step, **about)
+            if did is None:
+                why = f"step {trainer.state.global_step + 1} does not fit: {work.why(failed)}"
+                raise OutOfBudget(f"{why}; {watch.fault}")
+
+    def _learn(self, model: nn.Module, work: Work, failed: Any, before: Snapshot) -> str | None:
+        """Makes the next attempt need less, and says how; None where nothing does."""
+        most = work.finer(failed, before)
+        if most is not None:
+            self._most_tokens = most
+            return f"cut into pieces of at most {most} tokens"
+        frugal = self._frugal.next_for(model, failed.tokens)
+        if frugal is None:
+            return None
+        self._frugal = frugal
+        return _DID[frugal.how].format(frugal.from_tokens)
+
+    def _after_step(self, work: Work, pieces: Sequence[Any], quiet: bool) -> None:
+        self._quiet = self._quiet + 1 if quiet else 0
+        if self._quiet >= QUIET_STEPS:
+            self._quiet = 0
+            self._grow_back(work)
+        if self._strain.after_step():
+            self._ease(work, pieces)
+
+    def _grow_back(self, work: Work) -> None:
+        """Larger pieces again, and as the model was built."""
+        if self._most_tokens is None and self._frugal.how is Thrift.NONE:
+            return
+        self._frugal = _Frugal()
+        if self._most_tokens is not None:
+            self._most_tokens *= 2
+            if max(piece.tokens for piece in work.pieces(None)) <= self._most_tokens:
+                self._most_tokens = None
+        self.recovery.add("grow", most_tokens=self._most_tokens)
+
+    def _ease(self, work: Work, pieces: Sequence[Any]) -> None:
+        """The next steps in smaller pieces, before one fails."""
+        trainer: Any = self
+        largest = max(pieces, key=lambda piece: piece.tokens)
+        most = work.finer(largest, Snapshot(self, trainer.model))
+        if most is not None:
+            self._most_tokens = most
+            self.recovery.add("strain", step=trainer.state.global_step, most_tokens=most)

@@ -1,0 +1,114 @@
+"""A row that does not fit alone: what it takes is learned once, is spent on such rows only, and changes nothing."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Trainer
+
+from autofit.errors import OutOfBudget
+from autofit.step import recomputing as recomputing_module
+from autofit.step.recomputing import keeps_some, recomputing
+from autofit.training.recovery import redoing
+from autofit.training.recovery.trainers import AutoFitTrainer
+from tests.training.recovery.conftest import examples, farthest, same, weights
+
+TOO_LONG = 29
+
+
+@pytest.fixture
+def two_layers(tiny_llama):
+    config = copy.deepcopy(tiny_llama.config)
+    config.num_hidden_layers = 2
+    torch.manual_seed(5)
+    return LlamaForCausalLM(config)
+
+
+def is_on_host(layer):
+    return vars(layer).get("_gradient_checkpointing_func") is recomputing_module._on_host
+
+
+class Narrow:
+    """Runs out of memory where a long row is met by a layer that keeps too much; notes how each row was met."""
+
+    def __init__(self, model, enough):
+        self.met = []
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(functools.partial(self.look, enough), with_kwargs=True)
+
+    def look(self, enough, layer, args, kwargs):
+        tokens = args[0].shape[0] * args[0].shape[1]
+        how = "host" if is_on_host(layer) else "recomputes" if layer.gradient_checkpointing else "keeps"
+        if torch.is_grad_enabled():
+            self.met.append((tokens, how))
+        if tokens >= TOO_LONG and how not in enough:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("enough", [("recomputes", "host"), ("host",)])
+def test_a_long_row_alone_is_recomputed_and_then_kept_on_the_host(made, two_layers, monkeypatch, enough):
+    monkeypatch.setattr(redoing, "_has_host", lambda model: True)
+    given = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 8}
+    stock = made(Trainer, two_layers, **given)
+    start = weights(stock)
+    stock.train()
+    ours = made(AutoFitTrainer, two_layers, **given)
+    narrow = Narrow(ours.model, enough)
+    ours.train()
+    assert farthest(weights(stock), weights(ours), start) < 1e-6
+    did = [event["did"] for event in ours.recovery.events]
+    assert [words[:5] for words in did] == ["freed", "recom", "recom"][: 4 - len(enough)]
+    assert ("on the host" in did[-1]) is (len(enough) == 1)
+    # Learned once: the other long rows run so at once, and no short one does.
+    assert sum(length >= TOO_LONG for length in map(len, rows())) * 2 > len(did)
+    assert {how for tokens, how in narrow.met if tokens < TOO_LONG} == {"keeps"}
+
+
+def rows():
+    return [row["input_ids"] for row in examples()]
+
+
+def test_it_is_forgotten_after_enough_quiet_steps(made, two_layers, monkeypatch):
+    monkeypatch.setattr(redoing, "QUIET_STEPS", 2)
+    ours = made(AutoFitTrainer, two_layers, per_device_train_batch_size=1, gradient_accumulation_steps=16, max_steps=6)
+    Narrow(ours.model, ("recomputes",))
+    ours.train()
+    kinds = [event["event"] for event in ours.recovery.events]
+    assert kinds[:3] == ["oom", "oom", "grow"]
+    assert "oom" in kinds[3:]
+
+
+def test_nothing_more_to_spend_is_out_of_budget(made, two_layers, monkeypatch):
+    monkeypatch.setattr(redoing, "_has_host", lambda model: True)
+    ours = made(AutoFitTrainer, two_layers, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    Narrow(ours.model, ())
+    with pytest.raises(OutOfBudget, match="a single row of 30 tokens is too much"):
+        ours.train()
+    assert ours.recovery.events[-1]["did"] == "gave up"
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("before", ["none", "every", "every second"])
+def test_recomputing_for_a_while_leaves_a_model_as_it_was(two_layers, offload, before):
+    ids = torch.arange(24).view(2, 12)
+
+    def gradients():
+        two_layers.zero_grad()
+        two_layers.train()(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in two_layers.named_parameters()}
+
+    expected = gradients()
+    if before != "none":
+        two_layers.activation_checkpointing_enable(every_n_layers=1 if before == "every" else 2)
+    layers = two_layers.model.layers
+    flags = [layer.gradient_checkpointing for layer in layers]
+    functions = [vars(layer).get("_gradient_checkpointing_func") for layer in layers]
+    assert keeps_some(two_layers) is not all(flags)
+    with recomputing(two_layers, offload=offload):
+        assert all(layer.gradient_checkpointing for layer in layers)
+        assert all(map(is_on_host, layers)) is offload
+        assert same(gradients(), expected)
+    assert [layer.gradient_checkpointing for layer in layers] == flags
+    assert [vars(layer).get("_gradient_checkpointing_func") for layer in layers] == functions
+    assert same(gradients(), expected)
