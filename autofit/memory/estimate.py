@@ -56,15 +56,27 @@ class Estimate:
         return asdict(self)
 
 
+def needed_bytes(estimate: Estimate) -> int:
+    """What the driver will show at most: where values decide that nobody has, the higher end."""
+    above = estimate.bracket[1] - estimate.peak_allocated_bytes if estimate.bracket else 0
+    return estimate.device_bytes + max(0, above)
+
+
 def estimate(
     candidate: Candidate, source: ModelSource, device: DeviceFacts, calibration: Calibration | None = None
 ) -> Estimate:
     """What the candidate's steps take on the device, which need not be there.
 
+    Of one that `has_long_rows`, estimate `usual()` and `alone()`.
+
     Raises:
         UsageError: no such model, a candidate that it cannot be built for, or a step that cannot be run without values;
             says which and why.
     """
+    if candidate.has_long_rows:
+        raise UsageError(
+            f"tokens_per_micro_batch {candidate.token_budget}: a longer sequence runs otherwise than the rest"
+        )
     with _named(source):
         return _estimate(candidate, source, device, calibration)
 

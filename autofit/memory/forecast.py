@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from autofit.errors import UsageError
 from autofit.memory.calibration import Calibration
 from autofit.memory.derive import estimate_many, side_by_side
-from autofit.memory.estimate import Estimate
+from autofit.memory.estimate import Estimate, needed_bytes
 from autofit.memory.link import with_link
 from autofit.space.candidate import Candidate
 from autofit.space.cards import card_of
@@ -21,6 +22,8 @@ _TOLD = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "tokens_
 def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
     """Estimates `candidates` of the `source` on the `device`, corrected by `calibration` (None: as it comes).
 
+    `checkpointable_layers` are the model's.
+
     Returns:
         {"estimates": [{the peaks, tokens_per_second, bracket}, or {"error"}, one for each candidate]}.
     """
@@ -29,18 +32,26 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
     device = DeviceFacts.from_json(request["device"])
     candidates = [Candidate.from_json(candidate) for candidate in request["candidates"]]
     calibration = Calibration(**given) if given is not None else None
+    layers, offloads = request["checkpointable_layers"], device.type == "cuda"
+    forms = {c: (c.usual(), c.alone(layers, offloads)) if c.has_long_rows else (c,) for c in candidates}
+    asked = list(dict.fromkeys(form for some in forms.values() for form in some))
     with side_by_side() as pool:
-        answers = estimate_many(candidates, ModelSource(**request["source"]), device, calibration, pool)
-    found = {c: a for c, a in zip(candidates, answers, strict=True) if not isinstance(a, UsageError)}
+        answers = estimate_many(asked, ModelSource(**request["source"]), device, calibration, pool)
+    errors = {c: str(a) for c, a in zip(asked, answers, strict=True) if isinstance(a, UsageError)}
+    found = {c: a for c, a in zip(asked, answers, strict=True) if isinstance(a, Estimate)}
     card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
     if card is not None:
         found = dict(with_link(list(found.items()), card))
-    return {
-        "estimates": [
-            _told(found[c]) if c in found else {"error": str(a)} for c, a in zip(candidates, answers, strict=True)
-        ]
-    }
+    return {"estimates": [_told(forms[c], found, errors) for c in candidates]}
 
 
-def _told(found: Estimate) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in _TOLD}
+def _told(
+    forms: tuple[Candidate, ...], found: dict[Candidate, Estimate], errors: dict[Candidate, str]
+) -> dict[str, Any]:
+    """What is told of a candidate: the memory of whichever of its forms needs most, and the speed of the usual one."""
+    why = [errors[form] for form in forms if form in errors]
+    if why:
+        return {"error": why[0]}
+    most = max((found[form] for form in forms), key=needed_bytes)
+    most = replace(most, tokens_per_second=found[forms[0]].tokens_per_second)
+    return {name: getattr(most, name) for name in _TOLD}

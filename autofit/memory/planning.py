@@ -10,7 +10,7 @@ from typing import Any
 from autofit.errors import UsageError
 from autofit.memory.calibration import Calibration
 from autofit.memory.derive import estimate_many, side_by_side
-from autofit.memory.estimate import Estimate
+from autofit.memory.estimate import Estimate, needed_bytes
 from autofit.memory.growth import LENGTH_UNIT
 from autofit.memory.link import with_link
 from autofit.memory.tracing import kernels_of
@@ -63,12 +63,6 @@ def run_plan(request: dict[str, Any], report: Callable[..., None]) -> dict[str, 
 def _figures(candidate: Candidate, estimate: Estimate) -> dict[str, Any]:
     figures = estimate.to_json()
     return {"candidate": candidate.to_json(), **{name: figures[name] for name in _KEPT}}
-
-
-def needed_bytes(estimate: Estimate) -> int:
-    """What the driver will show at most: where values decide that nobody has, the higher end."""
-    above = estimate.bracket[1] - estimate.peak_allocated_bytes if estimate.bracket else 0
-    return estimate.device_bytes + max(0, above)
 
 
 def _static_bytes(estimate: Estimate) -> int:

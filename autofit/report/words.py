@@ -21,6 +21,8 @@ _NAMES = {
 def candidate_words(candidate: Candidate) -> str:
     """`16 × 1,600 tokens, 4 layers checkpointed, 4 bits, rank 16`: what is at its plainest is left unsaid."""
     parts = [f"{size_words(candidate)} tokens"]
+    if candidate.has_long_rows:
+        parts.append(f"up to {candidate.max_seq_length:,} alone")
     if candidate.checkpointed_layers:
         parts.append(f"{candidate.checkpointed_layers} layers checkpointed")
     if candidate.offload_activations != "none":
@@ -35,7 +37,7 @@ def candidate_words(candidate: Candidate) -> str:
 
 def size_words(candidate: Candidate) -> str:
     """`16 × 1,600`, or of a packed row `packed 4,096 (2 × 2,048)`."""
-    size = f"{candidate.micro_batch_size} × {candidate.max_seq_length:,}"
+    size = f"{candidate.micro_batch_size} × {candidate.pace_length or candidate.max_seq_length:,}"
     return f"packed {candidate.token_budget:,} ({size})" if candidate.layout == "packed" else size
 
 

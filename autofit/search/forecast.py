@@ -39,12 +39,16 @@ class Forecaster(Protocol):
 
 @dataclass
 class SandboxForecaster:
-    """Estimates in a child of the sandbox. `calibration` is that of the device, as `memory.calibration` writes it."""
+    """Estimates in a child of the sandbox.
+
+    `checkpointable_layers` are the model's; `calibration` is that of the device, as `memory.calibration` writes it.
+    """
 
     sandbox: Sandbox
     folder: Path
     source: ModelSource
     device: DeviceFacts
+    checkpointable_layers: int
     calibration: Mapping[str, Any] | None
     deadline_seconds: float
 
@@ -57,6 +61,7 @@ class SandboxForecaster:
                     "candidates": [candidate.to_json() for candidate in candidates],
                     "source": asdict(self.source),
                     "device": self.device.to_json(),
+                    "checkpointable_layers": self.checkpointable_layers,
                     "calibration": dict(self.calibration) if self.calibration is not None else None,
                 },
                 folder=self.folder,

@@ -28,7 +28,9 @@ class Candidate:
     Attributes:
         micro_batch_size: sequences on the device at once.
         max_seq_length: tokens of the longest sequence.
-        tokens_per_micro_batch: padded tokens on the device at once; None means micro_batch_size × max_seq_length.
+        pace_length: what micro-batches are made for where a few sequences are longer; None where none are.
+        tokens_per_micro_batch: padded tokens on the device at once; None means micro_batch_size × pace_length, or ×
+            max_seq_length. A sequence of more runs alone: all layers recompute, and what they keep goes to the host.
         checkpointed_layers: how many layers recompute their activations, evenly spread (`is_checkpointed`).
         offload_activations: none, checkpoints (what checkpointed layers keep goes to the host), all.
         quantization_bits: of the base weights; 16 means not quantized (then `dtype` is their type).
@@ -44,6 +46,7 @@ class Candidate:
 
     micro_batch_size: int
     max_seq_length: int
+    pace_length: int | None = None
     tokens_per_micro_batch: int | None = None
     checkpointed_layers: int = 0
     offload_activations: str = "none"
@@ -81,14 +84,16 @@ class Candidate:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}, got {getattr(self, name)}")
         # One spelling for what needs the same bytes.
-        if self.tokens_per_micro_batch == self.micro_batch_size * self.max_seq_length:
+        if self.pace_length is not None and self.pace_length >= self.max_seq_length:
+            object.__setattr__(self, "pace_length", None)
+        if self.tokens_per_micro_batch == self.micro_batch_size * self._usual_length:
             object.__setattr__(self, "tokens_per_micro_batch", None)
         if self.quantization_bits != 4:
             object.__setattr__(self, "double_quant", False)
         if self.offload_activations == "checkpoints" and self.checkpointed_layers == 0:
             object.__setattr__(self, "offload_activations", "none")
         object.__setattr__(self, "loss", STOCK_LOSSES.get(self.step, self.loss))
-        if self.step != "autofit" and self.tokens_per_micro_batch is not None:
+        if self.step != "autofit" and (self.tokens_per_micro_batch, self.pace_length) != (None, None):
             raise ValueError(f"tokens_per_micro_batch must be micro_batch_size × max_seq_length with step {self.step}")
         if self.step == "trainer" and self.offload_activations == "all":
             raise ValueError("offload_activations must be none or checkpoints with step trainer; all is TRL's")
@@ -103,12 +108,36 @@ class Candidate:
 
     @property
     def _asked_tokens(self) -> int:
-        return self.tokens_per_micro_batch or self.micro_batch_size * self.max_seq_length
+        return self.tokens_per_micro_batch or self.micro_batch_size * self._usual_length
+
+    @property
+    def _usual_length(self) -> int:
+        return self.pace_length or self.max_seq_length
+
+    @property
+    def has_long_rows(self) -> bool:
+        """Whether a sequence may be too long for a micro-batch, so that it runs alone and otherwise than the rest."""
+        return self.max_seq_length > self.token_budget
+
+    def usual(self) -> Candidate:
+        """What runs for all sequences but those; the same candidate where there are none."""
+        return self.replace(max_seq_length=min(self._usual_length, self.token_budget), pace_length=None)
+
+    def alone(self, layers: int, offloads: bool) -> Candidate:
+        """What runs for the longest of those, in a model with so many layers that can be checkpointed.
+
+        Args:
+            offloads: whether there is a host that what the layers keep goes to: not on a CPU.
+        """
+        offload = "checkpoints" if offloads and self.offload_activations != "all" else self.offload_activations
+        whole = self.replace(micro_batch_size=1, pace_length=None, tokens_per_micro_batch=None, layout="padded")
+        return whole.replace(checkpointed_layers=layers, offload_activations=offload)
 
     def replace(self, **changes: Any) -> Candidate:
         """A copy with these fields changed. `tokens_per_micro_batch` stays where it is less than the new product."""
         rows = changes.get("micro_batch_size", self.micro_batch_size)
         length = changes.get("max_seq_length", self.max_seq_length)
+        length = min(length, changes.get("pace_length", self.pace_length) or length)
         if self.tokens_per_micro_batch is not None and self.tokens_per_micro_batch >= rows * length:
             changes.setdefault("tokens_per_micro_batch", None)
         if changes.get("quantization_bits") == 4 and self.quantization_bits != 4:

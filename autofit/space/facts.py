@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from autofit.space.cut import whole_blocks
+
 T = TypeVar("T", bound="_Facts")
+
+# Few sequences set the pace of all others where they are so many times as long.
+_MUCH_LONGER = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,16 @@ class DataFacts(_Facts):
     def of_equal(cls, count: int, length: int) -> DataFacts:
         """So many sequences of so many tokens, all trained."""
         return cls(num_examples=count, longest=length, lengths=(length,) * count, trained_tokens=(length,) * count)
+
+    def pace_length(self, max_seq_length: int) -> int | None:
+        """A length, in whole blocks, that all sequences but one in a hundred have at most.
+
+        None where the longest, cut to `max_seq_length`, is not much longer: they run slower alone.
+        """
+        if not self.lengths:
+            return None
+        usual = whole_blocks(sorted(self.lengths)[(99 * len(self.lengths) - 1) // 100])
+        return usual if min(self.longest, max_seq_length) >= _MUCH_LONGER * usual else None
 
     def truncation_cost(self, max_seq_length: int) -> tuple[int, float]:
         """What cutting sequences to `max_seq_length` tokens deletes: (examples cut, share of trained tokens lost).

@@ -27,7 +27,8 @@ def make_wish(
 
     16 bits if the 16-bit weights take at most half the budget, else 4; a checkpoint that is already quantized keeps
     its bits. The whole global batch is one micro-batch of the data's longest sequence, up to the model's positions;
-    a length beyond the data's is only kept where it is pinned.
+    a length beyond the data's is only kept where it is pinned. Where a few sequences are much longer than all others,
+    micro-batches are made for the others.
 
     Raises:
         UsageError: a value that the model or the budget rules out.
@@ -40,6 +41,8 @@ def make_wish(
     if not model.chunked_loss:
         values["loss"] = "full"
     values.setdefault("max_seq_length", positions)
+    if values.get("tokens_per_micro_batch") is None and model.checkpointable_layers:
+        values["pace_length"] = data.pace_length(values["max_seq_length"])
     if values.setdefault("micro_batch_size", global_batch_size) > global_batch_size:
         raise UsageError(
             f"micro_batch_size {values['micro_batch_size']} is more than the {global_batch_size} sequences of a step; "

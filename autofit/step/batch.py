@@ -106,7 +106,8 @@ def micro_batches(
     lengths = [len(e["input_ids"]) for e in examples]
     for group in (pack if layout == "packed" else cut)(lengths, token_budget):
         chosen = [examples[i] for i in group]
-        yield collate_packed(chosen) if layout == "packed" else collate(chosen, pad_token_id)
+        packed = layout == "packed" and lengths[group[0]] <= token_budget  # nothing to keep apart in a long one alone
+        yield collate_packed(chosen) if packed else collate(chosen, pad_token_id)
 
 
 def worst_micro_batches(token_budget: int, max_seq_length: int, vocabulary: int) -> list[MicroBatch]:

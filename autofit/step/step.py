@@ -28,6 +28,7 @@ from autofit.step.recipes import (
     stock_batch,
     trained_items,
 )
+from autofit.step.recomputing import recomputing
 
 
 def _no_report(phase: str) -> None:
@@ -40,6 +41,7 @@ class Step:
 
     Attributes:
         report: told the phase as it begins ("forward", "backward").
+        most_tokens: a micro-batch of more is a long sequence alone: all layers recompute, from what goes to the host.
         scaler: scales the loss where the policy says so (float16), else switched off.
     """
 
@@ -48,6 +50,7 @@ class Step:
     loss: Loss
     offload: contextlib.AbstractContextManager[Any]
     report: Callable[[str], None] = _no_report
+    most_tokens: int | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class Step:
         `normalizer` is the trained tokens of the whole global batch, so that the cuts sum to the uncut loss.
         """
         batch = batch.to(self.policy.device)
-        with self.offload, packed_as(batch.packing):
+        with self.offload, self._as_long(batch), packed_as(batch.packing):
             self.report("forward")
             with self._forward():
                 loss = self.loss(self.model, batch) / max(normalizer, 1)
@@ -95,6 +98,12 @@ class Step:
         if any(flag.item() for flag in found.values()):
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
+
+    def _as_long(self, batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
+        if self.most_tokens is None or batch.tokens <= self.most_tokens:
+            return contextlib.nullcontext()
+        offloads = self.policy.device != "cpu" and isinstance(self.offload, contextlib.nullcontext)
+        return recomputing(self.model, offload=offloads)
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
@@ -189,16 +198,20 @@ def build_step(
     """The candidate's model and everything that its micro-batches need. For `skeleton` see `build_model`."""
     model = build_model(candidate, source, policy, lora_alpha, seed, skeleton)
     if candidate.step == "autofit":
-        return Step(model, policy, LOSSES[candidate.loss], offload_context(model, candidate))
+        offload = offload_context(model, candidate)
+        return Step(model, policy, LOSSES[candidate.loss], offload, most_tokens=candidate.token_budget)
     recipe = RECIPES[candidate.step]
     recipe.prepare(model)
     return StockStep(model, policy, recipe, offload_context(model, candidate))
 
 
 def costliest_batches(candidate: Candidate, vocabulary: int) -> list[MicroBatch]:
-    """The micro-batches that a trial of the candidate runs, costliest first where there are several."""
+    """The micro-batches that a trial of the candidate runs, the usual first where a long one runs otherwise."""
     if candidate.step != "autofit":
         return [full_rows(candidate.micro_batch_size, candidate.max_seq_length, vocabulary)]
+    if candidate.has_long_rows:
+        longest = worst_micro_batches(candidate.max_seq_length, candidate.max_seq_length, vocabulary)
+        return costliest_batches(candidate.usual(), vocabulary) + longest
     if candidate.layout == "packed":
         return [worst_packed(candidate.token_budget, candidate.max_seq_length, vocabulary)]
     return worst_micro_batches(candidate.token_budget, candidate.max_seq_length, vocabulary)

@@ -52,6 +52,7 @@ class Fitting:
             folder=self.work / "forecast",
             source=replace(self.prepared.source, random_weights=True),
             device=self.prepared.device,
+            checkpointable_layers=self.prepared.model.checkpointable_layers,
             calibration=None if calibration is None else asdict(calibration),
             deadline_seconds=self.config.trial_timeout,
         )

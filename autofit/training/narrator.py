@@ -37,6 +37,12 @@ def announce(narrator: Narrator, config: RunConfig, prepared: Prepared, budget: 
     narrator.say(f"model    {name} ({model.architecture}), {parameter_count(model.num_parameters)} parameters")
     dropped = f", {data.dropped_examples} without anything to train on left out" if data.dropped_examples else ""
     narrator.say(f"data     {data.num_examples:,} examples, at most {data.longest:,} tokens{dropped}")
+    if wish.pace_length is not None:
+        longer = sum(length > wish.pace_length for length in data.lengths)
+        narrator.say(
+            f"         {longer:,} of them are longer than {wish.pace_length:,}: where a micro-batch is for fewer, "
+            "they run alone, recomputing all layers (same result)"
+        )
     for note in starts_lower(config, prepared, wish):
         narrator.warn(note)
 

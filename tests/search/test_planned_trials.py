@@ -24,7 +24,13 @@ def source(tiny_model):
 
 def forecaster(sandbox, folder, source):
     return SandboxForecaster(
-        sandbox=sandbox, folder=folder / "forecast", source=source, device=CPU, calibration=None, deadline_seconds=120.0
+        sandbox=sandbox,
+        folder=folder / "forecast",
+        source=source,
+        device=CPU,
+        checkpointable_layers=4,
+        calibration=None,
+        deadline_seconds=120.0,
     )
 
 
@@ -53,6 +59,20 @@ def test_one_trial_confirms_the_estimate(sandbox, source, wished_bytes, tmp_path
     assert max(trial.result.device_bytes, trial.predicted_bytes) <= budget
     assert (trial.candidate == WISH) == (share == 1.0)
     assert (trial.candidate.quantization_bits == 16) == (share >= 0.2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_long_sequence_alone_is_foreseen(sandbox, source, tmp_path, rows):
+    """What the trial measures, usual rows and the long one together, is what was predicted from each."""
+    paced = WISH.replace(micro_batch_size=rows, pace_length=32, quantization_bits=16)
+    alike = WISH.replace(micro_batch_size=rows, quantization_bits=16)
+    predicted, whole = forecaster(sandbox, tmp_path, source).predict([paced, alike])
+    assert paced.has_long_rows is (rows < 4)
+    assert predicted.device_bytes < whole.device_bytes
+    trials = runner(sandbox, tmp_path, source, whole.device_bytes)
+    measured = trials.run(paced).device_bytes
+    assert measured == pytest.approx(predicted.device_bytes, rel=1e-3)
+    assert trials.run(paced.usual()).device_bytes <= measured * 1.001
 
 
 def test_a_stored_trial_is_not_run_again(sandbox, source, wished_bytes, tmp_path):

@@ -60,3 +60,39 @@ def test_n_layers_are_checkpointed_evenly_spread(layers, data):
     assert not gaps or max(gaps) - min(gaps) <= 1
     if n and layers % n == 0:
         assert chosen == list(range(0, layers, layers // n))  # transformers' every_n_layers
+
+
+def test_a_few_long_sequences_are_another_micro_batch_than_the_rest():
+    paced = Candidate(micro_batch_size=2, max_seq_length=1000, pace_length=100, checkpointed_layers=1)
+    assert (paced.token_budget, paced.has_long_rows) == (200, True)
+    assert paced.usual() == Candidate(micro_batch_size=2, max_seq_length=100, checkpointed_layers=1)
+    alone = Candidate(micro_batch_size=1, max_seq_length=1000, checkpointed_layers=7)
+    assert paced.alone(7, offloads=False) == alone
+    assert paced.alone(7, offloads=True) == alone.replace(offload_activations="checkpoints")
+    assert paced.replace(offload_activations="all").alone(7, offloads=True).offload_activations == "all"
+    assert paced.replace(layout="packed").alone(7, offloads=False) == alone
+    roomy = paced.replace(micro_batch_size=10)
+    assert (roomy.token_budget, roomy.has_long_rows) == (1000, False)
+    assert paced.replace(max_seq_length=100) == paced.usual()
+    assert paced.replace(tokens_per_micro_batch=150).replace(micro_batch_size=1).token_budget == 100
+    tight = Candidate(micro_batch_size=1, max_seq_length=1000, tokens_per_micro_batch=300)
+    assert tight.has_long_rows
+    assert tight.usual() == Candidate(micro_batch_size=1, max_seq_length=300)
+    assert Candidate.from_json(json.loads(json.dumps(paced.to_json()))) == paced
+
+
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(1, 300), st.sampled_from(["padded", "packed"]), st.data())
+def test_the_usual_micro_batch_holds_what_the_whole_candidate_s_does(rows, longest, pace, layout, data):
+    tokens = data.draw(st.none() | st.integers(1, rows * min(longest, pace)))
+    whole = Candidate(
+        micro_batch_size=rows,
+        max_seq_length=longest,
+        pace_length=pace,
+        tokens_per_micro_batch=tokens,
+        layout=layout,
+    )
+    usual = whole.usual()
+    assert not usual.has_long_rows
+    assert usual.token_budget == whole.token_budget
+    assert usual.usual() == usual
+    assert whole.has_long_rows or usual.max_seq_length in (pace, longest)

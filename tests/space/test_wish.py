@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autofit.errors import UsageError
 from autofit.space.budget import MemoryBudget
@@ -80,3 +82,29 @@ def test_the_cost_of_a_shorter_sequence_is_counted():
     examples, share = DATA.truncation_cost(40)
     assert examples == 2
     assert share == pytest.approx((8000 + 10) / 8025)
+
+
+def of_lengths(lengths):
+    return DataFacts(num_examples=len(lengths), longest=max(lengths), lengths=lengths, trained_tokens=lengths)
+
+
+@given(st.lists(st.integers(1, 9000), min_size=1, max_size=400), st.sampled_from([100, 2000, 9000]))
+def test_the_pace_is_that_of_all_but_one_in_a_hundred(lengths, cut_to):
+    pace = of_lengths(tuple(lengths)).pace_length(cut_to)
+    if pace is not None:
+        assert sum(length > pace for length in lengths) <= len(lengths) / 100
+        assert min(max(lengths), cut_to) >= 1.5 * pace
+    if len(lengths) < 100:
+        assert pace is None
+
+
+def test_few_long_sequences_do_not_set_the_pace():
+    budget = MemoryBudget(total_bytes=24 * 10**9)
+    tailed = of_lengths((500,) * 199 + (8000,))
+    asked = make_wish(EIGHT_B, tailed, budget, "bfloat16", 16, {})
+    assert (asked.max_seq_length, asked.pace_length, asked.micro_batch_size) == (8000, 512, 16)
+    assert make_wish(EIGHT_B, tailed, budget, "bfloat16", 16, {"max_seq_length": 700}).pace_length is None
+    assert make_wish(EIGHT_B, tailed, budget, "bfloat16", 16, {"tokens_per_micro_batch": 900}).pace_length is None
+    assert make_wish(EIGHT_B, of_lengths((500,) * 200), budget, "bfloat16", 16, {}).pace_length is None
+    without = ModelFacts.from_json({**EIGHT_B.to_json(), "checkpointable_layers": 0})
+    assert make_wish(without, tailed, budget, "bfloat16", 16, {}).pace_length is None

@@ -9,8 +9,9 @@ from autofit.space.candidate import Candidate
 from autofit.space.cut import cut
 from autofit.space.facts import DeviceFacts
 from autofit.step.batch import IGNORED, collate, micro_batches, trained_tokens, worst_micro_batches
+from autofit.step.model import checkpointable_layers
 from autofit.step.policy import StepPolicy, default_dtype, resolve_policy
-from autofit.step.step import build_step
+from autofit.step.step import build_step, costliest_batches
 from tests.conftest import CPU
 
 CANDIDATE = Candidate(micro_batch_size=4, max_seq_length=64, dtype="float32")
@@ -162,3 +163,19 @@ def test_a_step_whose_scaled_gradients_overflow_changes_nothing(tiny_source):
     optimizer.step()
     assert torch.equal(parameter, before)
     assert step.scaler.get_scale() == 65536 / 2
+
+
+def test_a_sequence_too_long_for_a_micro_batch_runs_alone_with_all_layers_recomputed(step, tiny_source):
+    _, expected = gradients(step, micro_batches(EXAMPLES, 256, 0), 100)
+    paced = CANDIDATE.replace(micro_batch_size=1, pace_length=40, checkpointed_layers=1)
+    built = build_step(paced, tiny_source, resolve_policy(paced, CPU), lora_alpha=32, seed=0)
+    layers = checkpointable_layers(built.model)
+    met = []
+    built.report = lambda phase: met.append((phase, sum(layer.gradient_checkpointing for layer in layers)))
+    batches = list(micro_batches(EXAMPLES, paced.token_budget, 0))
+    _, found = gradients(built, batches, 100)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert [flags for phase, flags in met if phase == "forward"] == [4 if b.tokens > 40 else 1 for b in batches]
+    assert {4, 1} == {flags for _, flags in met}
+    longest = costliest_batches(paced, 256)[-1]
+    assert longest.input_ids.shape == (1, 64)

@@ -253,11 +253,12 @@ def test_killed_in_a_save_it_goes_on_with_other_lossless_knobs(tiny_source, tmp_
     assert all(torch.allclose(p, end[name], atol=1e-4) for name, p in adapters(undisturbed.model).items())
 
 
-def test_training_on_nothing_but_the_longest_stays_within_its_trial(tiny_source, tmp_path):
+@pytest.mark.parametrize("pace", [{}, {"micro_batch_size": 1, "pace_length": 24}], ids=["all alike", "alone"])
+def test_training_on_nothing_but_the_longest_stays_within_its_trial(tiny_source, tmp_path, pace):
     from autofit.trial.child import run_trial
     from autofit.trial.request import TrialRequest
 
-    candidate = CANDIDATE.replace(micro_batch_size=3, accumulates=True)
+    candidate = CANDIDATE.replace(**{"micro_batch_size": 3, "accumulates": True, **pace})
     request = TrialRequest(
         candidate=candidate,
         source=tiny_source,
@@ -268,7 +269,8 @@ def test_training_on_nothing_but_the_longest_stays_within_its_trial(tiny_source,
         seed=3,
     )
     worst = run_trial(request.to_json(), PhaseReport())["device_bytes"]
-    with open_meter("cpu", worst) as meter:
+    waiting = 8 * 3 * 64 * 8  # a step's sequences, ids and positions and targets, on the host: here it is the device
+    with open_meter("cpu", worst + waiting) as meter:
         made, _ = trainer(tiny_source, tmp_path, candidate)
         made.train_dataset = Dataset.from_dict({"input_ids": [list(range(64))] * 40, "labels": [list(range(64))] * 40})
         meter.hold([*made.model.parameters(), *made.model.buffers()])
