@@ -25,7 +25,7 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
     `checkpointable_layers` are the model's.
 
     Returns:
-        {"estimates": [{the peaks, tokens_per_second, bracket}, or {"error"}, one for each candidate]}.
+        {"estimates": [{the peaks, tokens_per_second, bracket, model_bytes}, or {"error"}, one for each candidate]}.
     """
     report("estimate")
     given = request["calibration"]
@@ -54,4 +54,5 @@ def _told(
         return {"error": why[0]}
     most = max((found[form] for form in forms), key=needed_bytes)
     most = replace(most, tokens_per_second=found[forms[0]].tokens_per_second)
-    return {name: getattr(most, name) for name in _TOLD}
+    model_bytes = sum(most.breakdown_bytes.get(part, 0) for part in ("weights", "adapters", "buffers"))
+    return {**{name: getattr(most, name) for name in _TOLD}, "model_bytes": model_bytes}

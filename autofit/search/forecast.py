@@ -24,10 +24,12 @@ class Prediction:
 
     Attributes:
         device_bytes: as the driver will see it; the upper end where values decide that nobody has.
+        model_bytes: of these the parameters and buffers.
         tokens_per_second: None where the device's figures are not known (any CPU).
     """
 
     device_bytes: int
+    model_bytes: int = 0
     tokens_per_second: float | None = None
 
 
@@ -82,4 +84,8 @@ def prediction_of(estimate: Mapping[str, Any]) -> Prediction | str:
         return str(estimate["error"])
     bracket = estimate["bracket"]
     above = max(0, bracket[1] - estimate["peak_allocated_bytes"]) if bracket else 0
-    return Prediction(device_bytes=estimate["device_bytes"] + above, tokens_per_second=estimate["tokens_per_second"])
+    return Prediction(
+        device_bytes=estimate["device_bytes"] + above,
+        model_bytes=estimate.get("model_bytes", 0),
+        tokens_per_second=estimate["tokens_per_second"],
+    )

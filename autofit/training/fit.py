@@ -20,7 +20,7 @@ from autofit.errors import NothingFits, UsageError
 from autofit.search.fit_report import why_nothing_fits
 from autofit.search.outcome import SearchOutcome, SearchSpace, TrialEvent
 from autofit.search.study import TrialStudy
-from autofit.space.candidate import LOSSY, OPTIMIZERS, Candidate, every_n_layers
+from autofit.space.candidate import LOSSY, Candidate, every_n_layers
 from autofit.space.facts import DataFacts, DeviceFacts, ModelFacts
 from autofit.space.ladder import RUNGS, check_knob
 from autofit.space.source import ModelSource
@@ -30,6 +30,7 @@ from autofit.step.policy import resolve_policy
 from autofit.training.fitting import Fitting
 from autofit.training.planner import ask
 from autofit.training.question import Prepared, fingerprint, search_space
+from autofit.training.scripts import longest_of, settings_of
 from autofit.trial.sandbox import Sandbox
 
 PRELOAD = ("autofit.trial.child", "autofit.memory.forecast", "autofit.training.survey")
@@ -99,7 +100,7 @@ def fit(
     _check_card_is_free()
     step = "sft" if isinstance(args, SFTConfig) else "trainer"
     released = _released(search)
-    asked = _asked(args, peft_config, _longest(train_dataset, args))
+    asked = settings_of(args, peft_config, longest_of(train_dataset, args))
     config = load_run_config(
         None,
         {
@@ -153,42 +154,6 @@ def _released(search: Sequence[str]) -> list[str]:
         if knob not in LOSSY:
             raise UsageError(f"search {knob}: it moves anyway or cannot here; valid: bits, seq, rank")
     return knobs
-
-
-def _longest(dataset: Any, args: TrainingArguments) -> int:
-    """Tokens of the longest sequence that the trainer will see."""
-    most = getattr(args, "max_length", None)
-    if "input_ids" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
-        longest = max(map(len, dataset["input_ids"]))
-        return longest if most is None else min(most, longest)
-    if most is None:
-        raise UsageError("fit: how long sequences are is not known; set max_length, or give a tokenized dataset")
-    return int(most)
-
-
-def _asked(args: TrainingArguments, peft_config: LoraConfig, longest: int) -> dict[str, Any]:
-    """The script's settings as those of a run."""
-    optimizer = str(getattr(args.optim, "value", args.optim)).replace("adamw_torch_fused", "adamw_torch")
-    if optimizer not in OPTIMIZERS:
-        raise UsageError(
-            f"fit: optim {optimizer} cannot be estimated; valid: adamw_torch_fused, {', '.join(OPTIMIZERS)}"
-        )
-    targets = peft_config.target_modules
-    if not targets:
-        raise UsageError('fit: peft_config names no target_modules; "all-linear" are all')
-    settings = (getattr(args, "model_init_kwargs", None) or {}).get("quantization_config")
-    bits = None if settings is None else 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else 16
-    return {
-        "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        "max_seq_length": longest,
-        "quantization_bits": bits,
-        "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        "optimizer": optimizer,
-        "lora_rank": peft_config.r,
-        "lora_alpha": int(peft_config.lora_alpha),
-        "lora_dropout": peft_config.lora_dropout,
-        "lora_targets": [targets] if isinstance(targets, str) else sorted(targets),
-    }
 
 
 def _of_stock(space: SearchSpace, step: str) -> SearchSpace:

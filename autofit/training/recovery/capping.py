@@ -16,10 +16,17 @@ from autofit.space.budget import make_budget
 from autofit.space.units import format_bytes
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; what is shared counts once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
 class Cap:
     """What `gpu_mem` leaves to this process, of the device that a trainer uses.
 
     Attributes:
+        device: the facts of the device.
         usable_bytes: the budget less headroom, CUDA context included.
 
     Raises:
@@ -28,29 +35,24 @@ class Cap:
 
     def __init__(self, gpu_mem: str, model: nn.Module, device: torch.device) -> None:
         self._model = model
-        self._device = detect_device() if device.type == "cuda" else cpu_facts()
-        self.usable_bytes = make_budget(gpu_mem, self._device).usable_bytes
+        self.device = detect_device() if device.type == "cuda" else cpu_facts()
+        self.usable_bytes = make_budget(gpu_mem, self.device).usable_bytes
         self._context_bytes = 0
-        if self._device.type == "cuda":
-            self._context_bytes = (load_calibration(self._device) or UNCALIBRATED).context_bytes
-        storages = [tensor.untyped_storage() for tensor in self._tensors()]
-        held = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        if self.device.type == "cuda":
+            self._context_bytes = (load_calibration(self.device) or UNCALIBRATED).context_bytes
+        held = weight_bytes(model)
         if held + self._context_bytes > self.usable_bytes:
             raise UsageError(
                 f"gpu_mem={gpu_mem!r}: the model's weights alone take {format_bytes(held)} of it; load it with "
                 "quantization_config=BitsAndBytesConfig(load_in_4bit=True), or give more"
             )
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        yield from self._model.parameters()
-        yield from self._model.buffers()
-
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """While it is open, what goes beyond runs out of memory."""
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             with open_meter("cpu", self.usable_bytes) as meter:
-                meter.hold(self._tensors())
+                meter.hold([*self._model.parameters(), *self._model.buffers()])
                 yield
             return
         total = torch.cuda.get_device_properties(0).total_memory

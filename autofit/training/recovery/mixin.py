@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from autofit.errors import OutOfBudget
@@ -16,6 +17,7 @@ from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import Record, Watch, retried
+from autofit.training.recovery.foresight import foresee
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.redoing import RedoesSteps
 from autofit.training.recovery.refusals import check_arguments, check_trainer
@@ -42,11 +44,14 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, StopsOnSignals, Whole
     nothing; with the last, all of them run: so they can be cut anew, and done again, as one.
 
     Args:
-        gpu_mem: what the process may use of its device in `train`: a size ("24GB"), a card's name, or "auto".
+        gpu_mem: what the process may use of its device in `train`: a size ("24GB"), a card's name, or "auto". Where
+            the model is one that can be estimated, the first step already runs in a way that fits.
 
     Attributes:
         recovery: what happened; also in `events.jsonl` of the output folder.
     """
+
+    _foresees = True
 
     def __init__(self, *args: Any, gpu_mem: str | None = None, **kwargs: Any) -> None:
         check_arguments(type(self), kwargs)
@@ -55,10 +60,26 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, StopsOnSignals, Whole
         check_trainer(trainer)
         self.recovery = Record(trainer.args.output_dir)
         self._cap = None if gpu_mem is None else Cap(gpu_mem, trainer.model, trainer.args.device)
+        if self._cap is not None and self._foresees:
+            self._look_ahead(self._cap)
         self._window: _Window | None = None
         self._kind: LossKind | None = None
         if trainer.optimizer is not None:
             all_or_nothing(trainer.optimizer, self.recovery)
+
+    def _look_ahead(self, cap: Cap) -> None:
+        """Has the first step run in the fastest way that is estimated to fit."""
+        trainer: Any = self
+        found = foresee(trainer, cap.device, cap.usable_bytes)
+        said = None if found is None else found.said()
+        if found is None or said is None:
+            return
+        way = found.way
+        self._plan(way.tokens if way.rows < found.asked.rows else None, way.how)
+        if trainer.optimizer is None and way.candidate.optimizer != found.asked.candidate.optimizer:
+            trainer.args.optim = OptimizerNames(way.candidate.optimizer)
+        self.recovery.add("foreseen", needed_bytes=found.needed_bytes, said=said)
+        logger.warning("gpu_mem: %s", said)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
@@ -202,6 +223,8 @@ class _Cut:
     items: Any
 
     def pieces(self, most_tokens: int | None) -> list[Piece]:
+        if most_tokens is not None and self.trainer._kind is None:
+            self.trainer._kind = self._measured(Snapshot(self.trainer, self.model))
         return cut(self.batches, most_tokens, self.trainer._kind or LossKind.WHOLE, self.trainer._shifted)
 
     def run(self, piece: Piece) -> torch.Tensor:
@@ -210,8 +233,12 @@ class _Cut:
 
     def finer(self, failed: Piece, before: Snapshot) -> int | None:
         if self.trainer._kind is None:
-            self.trainer._kind = self.trainer._measured_kind(self.model, self.batches, self.items, before)
+            self.trainer._kind = self._measured(before)
         return None if self.trainer._kind is None else finer(failed, self.trainer._kind)
+
+    def _measured(self, before: Snapshot) -> LossKind | None:
+        kind: LossKind | None = self.trainer._measured_kind(self.model, self.batches, self.items, before)
+        return kind
 
     def why(self, failed: Piece) -> str:
         if self.trainer._kind is LossKind.WHOLE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,18 +23,18 @@ def all_or_nothing(optimizer: Optimizer, record: Record) -> None:
     Raises (from `step`):
         OutOfBudget: not even a single parameter's step fits. No parameter has half a step then.
     """
-    if hasattr(optimizer, "_autofit_step"):
+    own: Any = getattr(optimizer, "optimizer", optimizer)  # not accelerate's wrapper, of a training before
+    if hasattr(own, "_autofit_step"):
         return
-    genuine = optimizer.step
-    optimizer._autofit_step = genuine  # type: ignore[attr-defined]
+    genuine = own._autofit_step = own.step
 
-    def step(closure: Any = None) -> Any:
+    def step(optimizer: Optimizer, closure: Any = None) -> Any:
         if closure is not None:
             return genuine(closure)  # it computes gradients itself: not ours to repeat
         _step(optimizer, genuine, record)
         return None
 
-    optimizer.step = step  # type: ignore[method-assign]
+    own.step = MethodType(step, own)  # schedulers wrap methods only
 
 
 def _step(optimizer: Optimizer, genuine: Callable[[], Any], record: Record) -> None:

@@ -83,13 +83,20 @@ class RedoesSteps:
     """
 
     recovery: Record
+    _most_tokens: int | None
+    _planned_tokens: int | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._most_tokens: int | None = None
-        self._frugal = _Frugal()
+        self._most_tokens = self._planned_tokens = None
+        self._frugal = self._planned_frugal = _Frugal()
         self._quiet = 0
         self._strain = Strain()
         super().__init__(*args, **kwargs)
+
+    def _plan(self, most_tokens: int | None, how: Thrift) -> None:
+        """From now on at most so many tokens at once, all of them with this thrift."""
+        self._most_tokens = self._planned_tokens = most_tokens
+        self._frugal = self._planned_frugal = _Frugal(how)
 
     def _gradients(self, model: nn.Module, work: Work) -> tuple[Sequence[Any], list[torch.Tensor]]:
         """Leaves a step's gradients in the model; returns the pieces in which it was done, and their losses.
@@ -144,14 +151,15 @@ class RedoesSteps:
             self._ease(work, pieces)
 
     def _grow_back(self, work: Work) -> None:
-        """Larger pieces again, and as the model was built."""
-        if self._most_tokens is None and self._frugal.how is Thrift.NONE:
+        """Larger pieces again, and no more thrift than was planned."""
+        if self._most_tokens == self._planned_tokens and self._frugal == self._planned_frugal:
             return
-        self._frugal = _Frugal()
-        if self._most_tokens is not None:
+        self._frugal = self._planned_frugal
+        if self._most_tokens is not None and self._most_tokens != self._planned_tokens:
             self._most_tokens *= 2
-            if max(piece.tokens for piece in work.pieces(None)) <= self._most_tokens:
-                self._most_tokens = None
+            whole = max(piece.tokens for piece in work.pieces(self._planned_tokens))
+            if self._most_tokens >= (self._planned_tokens or whole):
+                self._most_tokens = self._planned_tokens
         self.recovery.add("grow", most_tokens=self._most_tokens)
 
     def _ease(self, work: Work, pieces: Sequence[Any]) -> None:

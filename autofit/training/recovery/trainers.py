@@ -45,4 +45,5 @@ class AutoFitSFTTrainer(RecoveringTrainer, SFTTrainer):
                 gpu_mem=gpu_mem,
             )
             model, args, kwargs["peft_config"] = found.load_model(), found.args, found.peft_config
+            self._foresees = False
         super().__init__(model, args, *rest, gpu_mem=gpu_mem, **kwargs)

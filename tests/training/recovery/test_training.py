@@ -159,6 +159,14 @@ def test_padding_free_batches_are_cut_between_sequences(made):
     assert farthest(expected, found, start) < 1e-5
 
 
+def test_a_trainer_can_train_again(made):
+    ours, stock = made(AutoFitTrainer), made(Trainer)
+    for trainer in (ours, stock):
+        trainer.train()
+        trainer.train()
+    assert same(weights(ours), weights(stock))
+
+
 def test_events_are_kept_in_the_run_s_folder(made, tmp_path):
     counter = FailingAllocations()
     trained(made(AutoFitTrainer, max_steps=1), counter)

@@ -1,0 +1,109 @@
+"""A loaded model under a budget: its first step already runs in a way that fits, and nothing else about it changes."""
+
+import contextlib
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from autofit.memory.device import cpu_facts
+from autofit.memory.ledger import Ledger
+from autofit.training.recovery import foresight, redoing
+from autofit.training.recovery.redoing import Thrift
+from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
+from tests.training.recovery.conftest import ARGUMENTS, farthest, pad, weights
+
+LENGTHS = (90, 96, 96, 70, 96, 88, 96, 60)
+ROWS = Dataset.from_list([{"input_ids": [(7 * i + j) % 250 for j in range(n)]} for i, n in enumerate(LENGTHS)])
+SMALL = {"max_steps": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def shared(sandbox, monkeypatch):
+    """The tests' sandbox in the place of one of its own."""
+    monkeypatch.setattr(foresight, "Sandbox", lambda preload: contextlib.nullcontext(sandbox))
+
+
+@pytest.fixture
+def adapted(tiny_model, tmp_path):
+    """Makes a trainer of a class around the same adapted model."""
+
+    def make(cls, model=None, rows=ROWS, **given):
+        torch.manual_seed(3)
+        if model is None:
+            base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+            model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+        budget = {"gpu_mem": given.pop("gpu_mem")} if "gpu_mem" in given else {}
+        arguments = {**ARGUMENTS, **SMALL, "output_dir": str(tmp_path / cls.__name__), **given}
+        if issubclass(cls, SFTTrainer):
+            args = SFTConfig(**arguments, max_length=96, bf16=False)
+            return cls(model=model, args=args, train_dataset=rows, **budget)
+        args = TrainingArguments(**arguments)
+        return cls(model=model, args=args, train_dataset=rows, data_collator=pad, **budget)
+
+    return make
+
+
+def peak_of(trainer):
+    with Ledger() as ledger:
+        ledger.hold([*trainer.model.parameters(), *trainer.model.buffers()])
+        trainer.train()
+    return ledger.peak_bytes
+
+
+@pytest.mark.parametrize(("stock", "ours"), [(Trainer, AutoFitTrainer), (SFTTrainer, AutoFitSFTTrainer)])
+@pytest.mark.parametrize("share", [1.02, 0.7, 0.4])
+def test_no_step_has_to_fail(adapted, stock, ours, share):
+    undisturbed = adapted(stock)
+    start = weights(undisturbed)
+    peak = peak_of(undisturbed)
+    made = adapted(ours, gpu_mem=f"{int(peak * share)}B")
+    made.train()
+    kinds = [event["event"] for event in made.recovery.events]
+    assert "oom" not in kinds
+    assert ("foreseen" in kinds) is (share < 1)
+    assert farthest(weights(undisturbed), weights(made), start) < 1e-4
+    if share == 0.7:
+        assert made._planned_tokens == 4 * 96
+        assert made.recovery.events[0]["said"].startswith("8 rows of 96 tokens would need ")
+
+
+def test_the_estimate_is_of_this_model_s_weights(adapted):
+    full = Dataset.from_list([ROWS[1]] * 8)  # rows that need padding need a mask, too
+    peak = peak_of(adapted(AutoFitTrainer, rows=full))
+    made = adapted(AutoFitTrainer, rows=full)
+    answer = foresight.foresee(made, cpu_facts(), peak)
+    assert answer.asked_bytes == pytest.approx(peak, rel=0.02)
+    made.model.register_buffer("ballast", torch.zeros(10**6))
+    assert foresight.foresee(made, cpu_facts(), peak).asked_bytes == answer.asked_bytes + 4 * 10**6
+
+
+def test_where_nothing_is_estimated_to_fit_that_is_said_beforehand(adapted):
+    made = adapted(AutoFitTrainer)
+    held = sum(p.nbytes for p in made.model.parameters())
+    hopeless = adapted(AutoFitTrainer, gpu_mem=f"{int(held * 1.2)}B")
+    (event,) = hopeless.recovery.events
+    assert event["event"] == "foreseen"
+    assert "it may run out of memory; shorten the longest sequences or give more" in event["said"]
+    assert hopeless._planned_frugal.how is Thrift.RECOMPUTE
+
+
+def test_what_was_planned_is_where_growing_back_ends(adapted, monkeypatch):
+    made = adapted(AutoFitTrainer)
+    made._plan(4 * 96, Thrift.NONE)
+    made._most_tokens = 96
+    monkeypatch.setattr(redoing, "QUIET_STEPS", 1)
+    made.args.max_steps = 5
+    made.train()
+    grown = [event["most_tokens"] for event in made.recovery.events if event["event"] == "grow"]
+    assert grown == [2 * 96, 4 * 96]
+
+
+def test_a_model_that_cannot_be_estimated_is_only_held_to_its_budget(tiny_model, adapted):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    made = adapted(AutoFitTrainer, base, gpu_mem="1GB")
+    assert made.recovery.events == []
+    assert foresight.foresee(made, cpu_facts(), 10**9) is None
