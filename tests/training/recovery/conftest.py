@@ -88,22 +88,26 @@ def made(tiny_llama, tmp_path):
 
 
 class FailingAllocations(TorchDispatchMode):
-    """Counts allocations of 1 KiB and more; those whose turn is in `fail` run out of memory."""
+    """Counts allocations of so many bytes and more; those whose turn is in `fail` run out of memory.
 
-    def __init__(self, fail=()):
+    Args:
+        error: what is raised then, instead of torch's own.
+    """
+
+    def __init__(self, fail=(), least=1024, error=None):
         super().__init__()
-        self.fail, self.count, self._seen = set(fail), 0, {}
+        self.fail, self.least, self.error, self.count = set(fail), least, error, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() >= 1024:
+            if isinstance(leaf, torch.Tensor) and (size := leaf.untyped_storage().nbytes()) >= self.least:
                 if leaf.untyped_storage()._cdata in inputs:
                     continue
                 self.count += 1
                 if self.count - 1 in self.fail:
-                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate number {self.count - 1}.")
+                    raise self.error or torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
         return out
 
 
