@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from autofit.errors import OutOfBudget
 from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.clipping import ClipsWhole
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
