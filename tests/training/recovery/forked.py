@@ -56,11 +56,12 @@ class Disk:
 
     Args:
         at: before the operation of this number it is killed.
+        does: instead of that.
         loses_unsynced: then, first, files and renames that were never synced are lost, as with the power.
     """
 
-    def __init__(self, folder, at=None, loses_unsynced=False):
-        self.folder, self.at, self.loses_unsynced = Path(folder), at, loses_unsynced
+    def __init__(self, folder, at=None, loses_unsynced=False, does=lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        self.folder, self.at, self.loses_unsynced, self.does = Path(folder), at, loses_unsynced, does
         self.count, self.synced, self.renames, self.names = 0, set(), [], []
         self._fsync = os.fsync
         os.fsync = self._synced
@@ -89,11 +90,11 @@ class Disk:
 
     def _next(self, name):
         self.names.append(name)
-        if self.count == self.at:
+        self.count += 1
+        if self.count - 1 == self.at:
             if self.loses_unsynced:
                 self._lose()
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.count += 1
+            self.does()
 
     def _lose(self):
         self.count = None  # what follows is no operation of the process
