@@ -27,7 +27,7 @@ def whole(folder):
 
 
 def ends_in_one_line(ours, folder, at):
-    """Has the disk full at that operation; the process ends with 7 where training says so, with 5 if it came to none."""
+    """The disk is full at that operation; it ends with 7 where training says so, with 5 if none came."""
     train, disk = ours.train, Disk(folder, at, does=full)
 
     def expecting(**kwargs):
@@ -72,7 +72,7 @@ def mounted(folder, kib):
 
 @pytest.mark.parametrize("kib", [340, 370, 400, 430])
 def test_a_real_disk_that_is_full_keeps_the_checkpoints_before(made, with_dropout, run, tmp_path, kib, monkeypatch):
-    """One of a few checkpoints' size; the process that trains goes on itself, for the disk goes with it."""
+    """One of a few checkpoints' size; it that trains goes on itself, for the disk goes with it."""
     from autofit.training.recovery.trainers import AutoFitTrainer
 
     monkeypatch.setattr("autofit.training.recovery.saving._SMALL_FILES_BYTES", 0)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from autofit.errors import AutofitError
 from autofit.training import checkpoints
 from autofit.training.recovery.trainers import AutoFitTrainer
-from tests.training.recovery.conftest import RUN, FailingAllocations, newest, same
+from tests.training.recovery.conftest import RUN, FailingAllocations, examples, newest, same
 from tests.training.recovery.forked import Disk, KilledAt
 
 
@@ -146,6 +146,46 @@ def test_too_little_space_is_seen_before_anything_is_written(made, tmp_path, mon
     with pytest.raises(AutofitError, match=r"needs 67.\d MB of disk, 1.0 MB are free"):
         ours.train()
     assert not list(tmp_path.glob("*checkpoint*"))
+
+
+class DeadlyRows(torch.utils.data.Dataset):
+    """The examples; a loader's worker that fetches its n-th is killed, the first that does."""
+
+    def __init__(self, flag, at):
+        self.rows, self.flag, self.at, self.count = examples(), flag, at, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        self.count += 1
+        if torch.utils.data.get_worker_info() is not None and self.count == self.at and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.rows[row]
+
+
+@pytest.mark.parametrize("at", [13, 16])
+def test_a_killed_worker_of_the_loader_is_said_and_the_run_can_go_on(run, tmp_path, at):
+    given = {"save_steps": 1, "dataloader_num_workers": 1, "train_dataset": DeadlyRows(tmp_path / "killed", at)}
+
+    def spoil(ours):
+        train = ours.train
+
+        def expecting(**kwargs):
+            with pytest.raises(
+                RuntimeError, match=r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)"
+            ):
+                train(**kwargs)
+            os._exit(7)
+
+        ours.train = expecting
+
+    folder = tmp_path / "run"
+    assert run(folder, spoil, **given) == 7
+    assert newest(folder) >= 1
+    assert not any(checkpoints.verify(path) for path in folder.glob("checkpoint-*"))
+    assert run.goes_on(folder, **given)
 
 
 @pytest.mark.soak
