@@ -15,6 +15,7 @@ from autofit.errors import AutofitError, OutOfBudget
 from autofit.space.candidate import Candidate
 from autofit.step.batch import Example, MicroBatch, micro_batches, trained_tokens
 from autofit.step.step import Step
+from autofit.training.recovery.clipping import ClipsWhole
 from autofit.training.recovery.faults import Record, Watch, free_memory
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.redoing import RedoesSteps
@@ -39,7 +40,7 @@ class NonFiniteLoss(AutofitError):
     """The loss is no number any more; the last checkpoint is from before that."""
 
 
-class StepTrainer(RedoesSteps, StopsOnSignals, WholeCheckpoints, Trainer):
+class StepTrainer(RedoesSteps, ClipsWhole, StopsOnSignals, WholeCheckpoints, Trainer):
     """Runs `Step` once for each micro-batch of a global batch; the Trainer sees one batch a step, never the cut.
 
     The model is the step's, as built: mixed precision and checkpointing are the builder's and the step's affair.

@@ -16,6 +16,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from autofit.config import RunConfig
+from autofit.training import checkpoints
+from autofit.training.supervisor import execute
+
 RUN = [sys.executable, "-m", "autofit", "run"]
 FOLDER = {
     *("resolved.yaml", "plan.json", "trials.jsonl", "metrics.jsonl", "events.jsonl", "env.json"),
@@ -179,16 +183,37 @@ def test_a_folder_that_another_process_runs_in_is_not_written_to(tiny_model, dat
         process.kill()
 
 
-def test_a_killed_controller_leaves_no_process_behind(tiny_model, data, tmp_path):
-    command = [*RUN, "--model", tiny_model, "--data", data, "--output-dir", tmp_path / "run", "--max-steps", "2000"]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file(), process)
+def test_a_killed_controller_leaves_no_process_behind_and_the_run_goes_on(tiny_model, data, tmp_path, sandbox):
+    settings = {"model": str(tiny_model), "data": str(data), "max_steps": 40, "save_steps": 4, "learning_rate": 1e-2}
+    config, folder = tmp_path / "run.yaml", tmp_path / "run"
+    config.write_text(json.dumps(settings))
+    command = [*RUN, str(config), "--output-dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: (folder / "checkpoint-4").is_dir(), process)
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2  # the fork server and the training child
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
+    assert not (folder / "adapter").exists()
+    left = list(folder.glob("checkpoint-*"))
+    assert left
+    assert not any(checkpoints.verify(path) for path in left)
+    adapters = []
+    for name in ("run", "undisturbed"):
+        execute(RunConfig(**settings, output_dir=str(tmp_path / name)), Quiet(), sandbox)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+        adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
+
+
+class Quiet:
+    """A narrator who says nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args: None
 
 
 @pytest.mark.soak

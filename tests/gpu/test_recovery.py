@@ -68,3 +68,17 @@ def test_a_real_out_of_memory_changes_nothing(tmp_path):
     found = [line["loss"] for line in ours.state.log_history if "loss" in line]
     assert found == pytest.approx(lines, rel=1e-4)
     assert ours.state.global_step == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_changes_gradients_takes_no_memory(dtype):
+    """Clipping relies on it: what ran out of memory has changed none of them."""
+    gradients = [torch.ones(300, 40, dtype=dtype, device="cuda") for _ in range(200)]
+    factor, found = torch.tensor(0.5, device="cuda"), torch.zeros((), device="cuda")
+    taken = []
+    for _ in range(2):  # the first loads the kernels
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch._foreach_mul_(gradients, factor)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, factor)
+        taken.append(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+    assert taken == [0, 0]

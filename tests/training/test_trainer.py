@@ -300,6 +300,23 @@ def test_an_out_of_memory_inside_training_changes_nothing(tiny_source, tmp_path,
         assert [event["event"] for event in made.recovery.events] == ["oom"]
 
 
+def test_an_out_of_memory_in_clipping_changes_nothing(tiny_source, tmp_path):
+    undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed", max_steps=1)
+    clip, seen = undisturbed._whole, []
+    with FailingAllocations(least=1) as counter:
+        undisturbed._whole = lambda *args: (seen.append(counter.count), clip(*args), seen.append(counter.count))[1]
+        undisturbed.train()
+    first, end = seen[:2]
+    assert end - first > 20
+    for number in (first, (first + end) // 2, end - 1):
+        made, _ = trainer(tiny_source, tmp_path / str(number), max_steps=1)
+        with FailingAllocations({number}, least=1):
+            made.train()
+        expected, found = adapters(undisturbed.model), adapters(made.model)
+        assert all(torch.equal(expected[n], found[n]) for n in expected), number
+        assert [event["phase"] for event in made.recovery.events] == ["clipping"]
+
+
 def out_of_memory(model, batch):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

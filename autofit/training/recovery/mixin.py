@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from autofit.errors import OutOfBudget
 from autofit.training.recovery.capping import Cap
+from autofit.training.recovery.clipping import ClipsWhole
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import Record, Watch, retried
@@ -37,7 +38,7 @@ class _Window:
     seen: int = 0
 
 
-class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
+class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSignals, WholeCheckpoints):
     """Mixed into a trainer class, before it.
 
     The stock loop hands over the micro-batches of an optimizer step one by one. All but the last are answered with
@@ -117,23 +118,6 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, StopsOnSignals, Whole
         stock = super()._get_num_items_in_batch  # type: ignore[misc]
         return retried(self.recovery, "fetch", lambda: stock(*args))
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        stock = super()._clip_grad_norm  # type: ignore[misc]
-        groups = self.optimizer.param_groups  # type: ignore[attr-defined]  # sooner gone through than all modules
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        untouched = [gradient._version for gradient in gradients]
-
-        def clip() -> Any:
-            if [gradient._version for gradient in gradients] != untouched:
-                raise OutOfBudget("clipping ran out of memory half way: again it would clip twice")
-            return stock(model)
-
-        return retried(self.recovery, "clipping", clip)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        stock = super()._get_grad_norm  # type: ignore[misc]
-        return retried(self.recovery, "clipping", lambda: stock(model, grad_norm=grad_norm))
-
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The stock step for the last micro-batch of an optimizer step and all before it; nothing for those.
 
@@ -176,13 +160,18 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, StopsOnSignals, Whole
 
     def _sum(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """The last loss, after the others were added to the running one, in the order in which the stock loop does."""
-        trainer: Any = self
         for loss in losses[:-1]:
-            if trainer.args.logging_nan_inf_filter and not bool(torch.isfinite(loss)):
-                trainer._tr_loss += trainer._tr_loss / (1 + trainer.state.global_step - trainer._globalstep_last_logged)
-            else:
-                trainer._tr_loss += loss
+            share = retried(self.recovery, "loss", partial(self._counted, loss))
+            self._tr_loss += share  # type: ignore[attr-defined]  # in place, so not done again
         return losses[-1]
+
+    def _counted(self, loss: torch.Tensor) -> torch.Tensor:
+        """What of a loss the stock loop adds to the running one."""
+        trainer: Any = self
+        if not trainer.args.logging_nan_inf_filter or bool(torch.isfinite(loss)):
+            return loss
+        mean: torch.Tensor = trainer._tr_loss / (1 + trainer.state.global_step - trainer._globalstep_last_logged)
+        return mean
 
     # Smaller pieces
 

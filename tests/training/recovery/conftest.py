@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+from autofit.training import checkpoints
+from autofit.training.recovery.trainers import AutoFitTrainer
+from tests.training.recovery.forked import forked
 
 # Two optimizer steps of two micro-batches.
 ARGUMENTS = {
@@ -22,6 +26,14 @@ ARGUMENTS = {
     "use_cpu": True,
     "dataloader_pin_memory": False,
     "seed": 11,
+}
+# Epochs of four steps; saves after steps 2, 4 (an epoch's last), 6 and 7.
+RUN = {
+    "max_steps": 7,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
 }
 LENGTHS = [9, 30, 14, 22, 5, 17, 26, 11, 30, 8, 19, 24, 6, 28, 13, 21]
 
@@ -87,23 +99,71 @@ def made(tiny_llama, tmp_path):
     return make
 
 
-class FailingAllocations(TorchDispatchMode):
-    """Counts allocations of 1 KiB and more; those whose turn is in `fail` run out of memory."""
+@pytest.fixture(scope="session")
+def with_dropout(tiny_llama):
+    """With dropout, so that random numbers matter."""
+    model = copy.deepcopy(tiny_llama)
+    model.model.layers[0].self_attn.attention_dropout = 0.3
+    return model
 
-    def __init__(self, fail=()):
+
+@pytest.fixture
+def run(made, with_dropout, tmp_path):
+    """Trainings of the same run in forks: `run(folder, spoil)` trains to the end, or as far as it gets."""
+
+    class Run:
+        def __init__(self):
+            self.expected = self.undisturbed()
+
+        def undisturbed(self, **given):
+            stock = made(Trainer, with_dropout, output_dir=str(tmp_path / "undisturbed"), **{**RUN, **given})
+            stock.train()
+            return weights(stock)
+
+        def __call__(self, folder, spoil=None, cls=AutoFitTrainer, signals=(), **given):
+            def work():
+                ours = made(cls, with_dropout, output_dir=str(folder), **{**RUN, **given})
+                if spoil is not None:
+                    spoil(ours)
+                newest = folder.is_dir() and checkpoints.recover(folder, print) is not None
+                ours.train(resume_from_checkpoint=True if newest else None)
+                torch.save(weights(ours), folder / "end")
+
+            return forked(work, signals=signals)
+
+        def goes_on(self, folder, expected=None, **given):
+            """Whether the rest of the run, undisturbed, ends with the weights of the undisturbed one."""
+            return self(folder, **given) == 0 and same(torch.load(folder / "end"), expected or self.expected)
+
+    return Run()
+
+
+def newest(folder):
+    checkpoint = checkpoints.newest_whole(folder)
+    return 0 if checkpoint is None else checkpoints.step_of(checkpoint)
+
+
+class FailingAllocations(TorchDispatchMode):
+    """Counts allocations of so many bytes and more; those whose turn is in `fail` run out of memory.
+
+    Args:
+        error: what is raised then, instead of torch's own.
+    """
+
+    def __init__(self, fail=(), least=1024, error=None):
         super().__init__()
-        self.fail, self.count, self._seen = set(fail), 0, {}
+        self.fail, self.least, self.error, self.count = set(fail), least, error, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().nbytes() >= 1024:
+            if isinstance(leaf, torch.Tensor) and (size := leaf.untyped_storage().nbytes()) >= self.least:
                 if leaf.untyped_storage()._cdata in inputs:
                     continue
                 self.count += 1
                 if self.count - 1 in self.fail:
-                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate number {self.count - 1}.")
+                    raise self.error or torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
         return out
 
 

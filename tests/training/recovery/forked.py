@@ -11,21 +11,24 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _MOVES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
-def forked(work, *args, signals=()):
+def forked(work, *args, signals=(), seconds=120):
     """Runs `work` in a fork; returns its exit code, or the signal that ended it, negative.
 
     Args:
         signals: sent to it, each with the seconds to wait before.
+        seconds: after which it is ended by SIGALRM.
     """
     child = os.fork()
     if child == 0:
         code = 1
         os.setsid()
+        signal.alarm(seconds)
         torch.set_num_threads(1)  # OpenMP's threads are not in the fork
         tqdm.set_lock(threading.RLock())  # its own is shared with the forks before, one of which was killed with it
         try:
@@ -39,8 +42,8 @@ def forked(work, *args, signals=()):
             traceback.print_exc()
         finally:
             os._exit(code)
-    for seconds, number in signals:
-        time.sleep(seconds)
+    for wait, number in signals:
+        time.sleep(wait)
         os.kill(child, number)  # not waited for yet, so there is one
     status = os.waitpid(child, 0)[1]
     with contextlib.suppress(ProcessLookupError):
@@ -53,11 +56,12 @@ class Disk:
 
     Args:
         at: before the operation of this number it is killed.
+        does: instead of that.
         loses_unsynced: then, first, files and renames that were never synced are lost, as with the power.
     """
 
-    def __init__(self, folder, at=None, loses_unsynced=False):
-        self.folder, self.at, self.loses_unsynced = Path(folder), at, loses_unsynced
+    def __init__(self, folder, at=None, loses_unsynced=False, does=lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        self.folder, self.at, self.loses_unsynced, self.does = Path(folder), at, loses_unsynced, does
         self.count, self.synced, self.renames, self.names = 0, set(), [], []
         self._fsync = os.fsync
         os.fsync = self._synced
@@ -86,11 +90,11 @@ class Disk:
 
     def _next(self, name):
         self.names.append(name)
-        if self.count == self.at:
+        self.count += 1
+        if self.count - 1 == self.at:
             if self.loses_unsynced:
                 self._lose()
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.count += 1
+            self.does()
 
     def _lose(self):
         self.count = None  # what follows is no operation of the process
@@ -100,3 +104,22 @@ class Disk:
         for path in self.folder.rglob("*"):
             if path.is_file() and path.stat().st_ino not in self.synced:
                 os.truncate(path, path.stat().st_size // 2)
+
+
+class KilledAt(TrainerCallback):
+    """Kills the process as an event comes for the n-th time; of all events where none is named."""
+
+    def __init__(self, at, event=None):
+        self.at, self.event, self.count = at, event, 0
+
+    def _came(self, event):
+        if self.event in (None, event):
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+
+
+for _event in ("step_begin", "substep_end", "pre_optimizer_step", "optimizer_step", "step_end", "log", "save"):
+    setattr(KilledAt, f"on_{_event}", lambda self, *args, event=_event, **kwargs: self._came(event))
+for _event in ("epoch_begin", "epoch_end", "train_begin", "train_end"):
+    setattr(KilledAt, f"on_{_event}", lambda self, *args, event=_event, **kwargs: self._came(event))

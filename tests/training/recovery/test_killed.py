@@ -1,6 +1,5 @@
 """Whatever ends a training, and wherever: it goes on as if nothing had happened."""
 
-import copy
 import os
 import random
 import resource
@@ -15,86 +14,14 @@ from transformers import Trainer, TrainerCallback
 from autofit.errors import AutofitError
 from autofit.training import checkpoints
 from autofit.training.recovery.trainers import AutoFitTrainer
-from tests.training.recovery.conftest import FailingAllocations, same, weights
-from tests.training.recovery.forked import Disk, forked
-
-# Epochs of four steps; saves after steps 2, 4 (an epoch's last), 6 and 7.
-RUN = {
-    "max_steps": 7,
-    "per_device_train_batch_size": 2,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "save_total_limit": 2,
-}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama):
-    """With dropout, so that random numbers matter."""
-    model = copy.deepcopy(tiny_llama)
-    model.model.layers[0].self_attn.attention_dropout = 0.3
-    return model
-
-
-@pytest.fixture
-def run(made, model, tmp_path):
-    """Trainings of the same run in forks: `run(folder, spoil)` trains to the end, or as far as it gets."""
-
-    class Run:
-        def __init__(self):
-            self.expected = self.undisturbed()
-
-        def undisturbed(self, **given):
-            stock = made(Trainer, model, output_dir=str(tmp_path / "undisturbed"), **{**RUN, **given})
-            stock.train()
-            return weights(stock)
-
-        def __call__(self, folder, spoil=None, cls=AutoFitTrainer, signals=(), **given):
-            def work():
-                ours = made(cls, model, output_dir=str(folder), **{**RUN, **given})
-                if spoil is not None:
-                    spoil(ours)
-                newest = folder.is_dir() and checkpoints.recover(folder, print) is not None
-                ours.train(resume_from_checkpoint=True if newest else None)
-                torch.save(weights(ours), folder / "end")
-
-            return forked(work, signals=signals)
-
-        def goes_on(self, folder, expected=None, **given):
-            """Whether the rest of the run, undisturbed, ends with the weights of the undisturbed one."""
-            return self(folder, **given) == 0 and same(torch.load(folder / "end"), expected or self.expected)
-
-    return Run()
-
-
-def newest(folder):
-    checkpoint = checkpoints.newest_whole(folder)
-    return 0 if checkpoint is None else checkpoints.step_of(checkpoint)
-
-
-class _KilledAt(TrainerCallback):
-    """Kills the process as an event comes for the n-th time; of all events where none is named."""
-
-    def __init__(self, at, event=None):
-        self.at, self.event, self.count = at, event, 0
-
-    def _came(self, event):
-        if self.event in (None, event):
-            if self.count == self.at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.count += 1
-
-
-for _event in ("step_begin", "substep_end", "pre_optimizer_step", "optimizer_step", "step_end", "log", "save"):
-    setattr(_KilledAt, f"on_{_event}", lambda self, *args, event=_event, **kwargs: self._came(event))
-for _event in ("epoch_begin", "epoch_end", "train_begin", "train_end"):
-    setattr(_KilledAt, f"on_{_event}", lambda self, *args, event=_event, **kwargs: self._came(event))
+from tests.training.recovery.conftest import RUN, FailingAllocations, examples, newest, same
+from tests.training.recovery.forked import Disk, KilledAt
 
 
 def test_killed_at_any_event_of_a_run(run, tmp_path):
     for number in range(1000):
         folder = tmp_path / str(number)
-        ended = run(folder, lambda ours, number=number: ours.add_callback(_KilledAt(number)))
+        ended = run(folder, lambda ours, number=number: ours.add_callback(KilledAt(number)))
         if ended == 0:
             break
         assert ended == -signal.SIGKILL
@@ -132,7 +59,7 @@ def test_killed_five_times_in_one_epoch_and_out_of_memory_in_between(run, tmp_pa
     for event, number in kills:
 
         def spoil(ours, event=event, number=number):
-            ours.add_callback(_KilledAt(number, event))
+            ours.add_callback(KilledAt(number, event))
             FailingAllocations(range(40, 100_000, 400)).__enter__()
 
         assert run(tmp_path / "run", spoil, **given) == -signal.SIGKILL
@@ -147,14 +74,14 @@ def test_at_the_last_step_no_step_is_taken_twice(run, tmp_path):
     given = {"lr_scheduler_type": "constant"}  # else one step more would be of rate 0
     expected = run.undisturbed(**given)
     for folder, event, at in ((tmp_path / "saved", "train_end", 0), (tmp_path / "saving", "save", 3)):
-        assert run(folder, lambda ours, at=at, event=event: ours.add_callback(_KilledAt(at, event)), **given) < 0
+        assert run(folder, lambda ours, at=at, event=event: ours.add_callback(KilledAt(at, event)), **given) < 0
         assert newest(folder) == 7
         assert run.goes_on(folder, expected, **given)
         assert checkpoints.facts_of(folder / "checkpoint-7")["samples"] == 16 + 3 * 4
 
 
 def test_stock_goes_on_from_ours_and_we_from_stock_s(run, tmp_path):
-    stop = _KilledAt(4, "step_end")
+    stop = KilledAt(4, "step_end")
     assert run(tmp_path / "ours", lambda ours: ours.add_callback(stop)) < 0
     assert run.goes_on(tmp_path / "ours", cls=Trainer)
     assert run(tmp_path / "stock", lambda stock: stock.add_callback(stop), cls=Trainer) < 0
@@ -164,7 +91,7 @@ def test_stock_goes_on_from_ours_and_we_from_stock_s(run, tmp_path):
 
 
 def test_another_split_of_the_same_batch_goes_on(run, tmp_path):
-    assert run(tmp_path / "run", lambda ours: ours.add_callback(_KilledAt(4, "step_end"))) < 0
+    assert run(tmp_path / "run", lambda ours: ours.add_callback(KilledAt(4, "step_end"))) < 0
     given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     assert run(tmp_path / "run", **given) == 0
     end = torch.load(tmp_path / "run" / "end")
@@ -221,6 +148,46 @@ def test_too_little_space_is_seen_before_anything_is_written(made, tmp_path, mon
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
+class DeadlyRows(torch.utils.data.Dataset):
+    """The examples; a loader's worker that fetches its n-th is killed, the first that does."""
+
+    def __init__(self, flag, at):
+        self.rows, self.flag, self.at, self.count = examples(), flag, at, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        self.count += 1
+        if torch.utils.data.get_worker_info() is not None and self.count == self.at and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.rows[row]
+
+
+@pytest.mark.parametrize("at", [13, 16])
+def test_a_killed_worker_of_the_loader_is_said_and_the_run_can_go_on(run, tmp_path, at):
+    given = {"save_steps": 1, "dataloader_num_workers": 1, "train_dataset": DeadlyRows(tmp_path / "killed", at)}
+
+    def spoil(ours):
+        train = ours.train
+
+        def expecting(**kwargs):
+            with pytest.raises(
+                RuntimeError, match=r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)"
+            ):
+                train(**kwargs)
+            os._exit(7)
+
+        ours.train = expecting
+
+    folder = tmp_path / "run"
+    assert run(folder, spoil, **given) == 7
+    assert newest(folder) >= 1
+    assert not any(checkpoints.verify(path) for path in folder.glob("checkpoint-*"))
+    assert run.goes_on(folder, **given)
+
+
 @pytest.mark.soak
 def test_whole_runs_killed_and_damaged_at_random(run, tmp_path):
     seed = random.randrange(10**6)
@@ -248,25 +215,3 @@ def test_whole_runs_killed_and_damaged_at_random(run, tmp_path):
                 os.truncate(victim, draw.randrange(victim.stat().st_size))
         assert same(torch.load(folder / "end"), expected), (seed, number, ends)
         shutil.rmtree(folder)
-
-
-def files_not_synced(monkeypatch):
-    about = {"bytes": 0, "sha256": ""}
-    monkeypatch.setattr(checkpoints, "_synced", lambda path: about)
-    monkeypatch.setattr(checkpoints, "_against_manifest", lambda checkpoint, hashes: checkpoints._as_stock(checkpoint))
-
-
-def renames_not_synced(monkeypatch):
-    monkeypatch.setattr(checkpoints, "_sync_folder", lambda folder: None)
-
-
-@pytest.mark.parametrize("defect", [files_not_synced, renames_not_synced])
-def test_planted_defects_are_seen(run, tmp_path, monkeypatch, defect):
-    defect(monkeypatch)
-    given = {"max_steps": 3, "save_steps": 1}
-    lost = []
-    for number in range(45, 120, 5):
-        folder = tmp_path / str(number)
-        run(folder, lambda ours, at=number, at_=folder: Disk(at_, at, True), **given)
-        lost.append(newest(folder))
-    assert min(lost) == 0

@@ -326,16 +326,6 @@ def test_the_loss_of_evaluation_is_put_together_as_what_it_is(made):
         ours.evaluate(examples()[:6])
 
 
-def test_what_was_half_clipped_is_not_clipped_again(made, monkeypatch):
-    def clip(self, model):
-        next(p for p in model.parameters() if p.grad is not None).grad.mul_(0.5)
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(Trainer, "_clip_grad_norm", clip)
-    with pytest.raises(OutOfBudget, match="clip twice"):
-        made(AutoFitTrainer).train()
-
-
 def test_a_model_patched_by_unsloth_is_refused(made, monkeypatch):
     def forward(self, *args, **kwargs):
         raise NotImplementedError

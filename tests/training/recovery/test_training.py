@@ -2,7 +2,7 @@
 
 import copy
 import json
-import sys
+import traceback
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from autofit.errors import OutOfBudget, UsageError
 from autofit.memory.ledger import Ledger
-from autofit.training.recovery import cutting, faults, mixin, optimizing, redoing, undo
+from autofit.training.recovery import faults, redoing
 from autofit.training.recovery.faults import Record, Watch
 from autofit.training.recovery.trainers import AutoFitTrainer
-from tests.training.recovery.conftest import FailingAllocations, farthest, same, weights
+from autofit.trial.record import requested_bytes
+from tests.training.recovery.conftest import FailingAllocations, farthest, pad, same, weights
 
 
 def losses(trainer):
@@ -45,23 +46,65 @@ def test_undisturbed_it_is_the_stock_class_bit_for_bit(made, given):
     assert ours.recovery.events == []
 
 
+# Where the stock loop takes less than 1 KiB and an out-of-memory is raised, for it could not be done again there.
+MAY_BE_RAISED = {
+    "torch.utils.data.dataloader._BaseDataLoaderIter.__init__",  # on the host: the seed of an epoch's loader
+    "torch.utils.data.sampler.RandomSampler.__iter__",  # on the host: the seed of an epoch's order
+    "transformers.trainer.Trainer._run_epoch",  # whether a loss is finite: one byte
+    "transformers.trainer.Trainer._maybe_log_save_evaluate",  # the mean of the losses that are logged: four bytes
+}
+
+
+def where(error):
+    """The stock function in which it came up."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}" for frame in frames]
+    inner = ("torch._compile", "torch._dynamo", "tests.")
+    return next(name for name in reversed(names) if not name.startswith(inner))
+
+
 def test_a_fault_at_any_allocation_of_a_step_changes_nothing(made):
-    counter = FailingAllocations()
+    counter = FailingAllocations(least=1)
     stock = made(Trainer, max_steps=1)
     _, expected = trained(stock)
     trained(made(AutoFitTrainer, max_steps=1), counter)
-    raised = []
+    raised = {}
     for number in range(counter.count):
         ours = made(AutoFitTrainer, max_steps=1)
         try:
-            _, found = trained(ours, FailingAllocations({number}))
-        except torch.OutOfMemoryError:
-            raised.append(number)
+            _, found = trained(ours, FailingAllocations({number}, least=1))
+        except torch.OutOfMemoryError as error:
+            raised.setdefault(where(error), []).append(requested_bytes(str(error)))
             continue
         assert same(found, expected), f"allocation {number}"
         assert losses(ours) == losses(stock)
-    assert counter.count > 100
-    assert len(raised) <= 0.05 * counter.count, raised
+        assert len(ours.recovery.events) == 1
+    assert counter.count > 400
+    assert raised.keys() <= MAY_BE_RAISED
+    assert max(map(max, raised.values())) < 1024
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_out_of_memory_in_the_fetch_is_raised_and_ends_no_epoch_early(made, tmp_path, number):
+    """A loader that has failed cannot go on; a checkpoint can."""
+    given = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
+    _, expected = trained(made(Trainer, **given))
+    count = iter(range(100))
+
+    def collate(rows):
+        if next(count) == number:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return pad(rows)
+
+    folder = tmp_path / "ours"
+    ours = made(AutoFitTrainer, **{**given, "output_dir": str(folder)}, data_collator=collate)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.train()
+    done = max(0, number - 1) // 2  # accelerate's loader is one batch ahead
+    assert ours.state.global_step == done
+    again = made(AutoFitTrainer, **{**given, "output_dir": str(folder)})
+    again.train(resume_from_checkpoint=True if done else None)
+    assert same(weights(again), expected)
 
 
 def test_under_a_limit_it_trains_on_or_says_that_it_cannot(made):
@@ -240,78 +283,6 @@ class _AtStepEnd(TrainerCallback):
 
     def on_step_end(self, *args, **kwargs):
         self.work()
-
-
-def drop_a_piece(monkeypatch):
-    genuine = mixin.cut
-    monkeypatch.setattr(mixin, "cut", lambda *a: pieces[:-1] if len(pieces := genuine(*a)) > 2 else pieces)
-
-
-def double_a_piece(monkeypatch):
-    genuine = mixin.cut
-    monkeypatch.setattr(mixin, "cut", lambda *a: [*pieces, pieces[-1]] if len(pieces := genuine(*a)) > 2 else pieces)
-
-
-def mean_of_means(monkeypatch):
-    genuine = mixin.cut
-
-    def alike(*asked):
-        pieces = genuine(*asked)
-        return [cutting.Piece(piece.batch, len(asked[0]) / len(pieces)) for piece in pieces]
-
-    monkeypatch.setattr(mixin, "cut", alike)
-
-
-def keep_partial_gradients(monkeypatch):
-    genuine = torch.nn.Module.zero_grad
-
-    def zero_grad(self, set_to_none=True):
-        if not sys._getframe(1).f_code.co_filename.endswith("redoing.py"):
-            genuine(self, set_to_none)
-
-    monkeypatch.setattr(torch.nn.Module, "zero_grad", zero_grad)
-
-
-def keep_half_a_step(monkeypatch):
-    def undoable(optimizer, genuine, moving, record, did):
-        with faults.Watch() as watch:
-            genuine()
-        return watch.fault is None
-
-    monkeypatch.setattr(optimizing, "_undoable", undoable)
-
-
-def restore_nothing(monkeypatch):
-    monkeypatch.setattr(undo.Snapshot, "restore", lambda self: torch.manual_seed(0))
-
-
-@pytest.mark.parametrize(
-    "defect",
-    [drop_a_piece, double_a_piece, mean_of_means, keep_partial_gradients, keep_half_a_step, restore_nothing],
-)
-def test_planted_defects_are_seen(made, tiny_llama, monkeypatch, defect):
-    """What the tests above compare does see these: each changes the weights by more than they allow."""
-    model = copy.deepcopy(tiny_llama)
-    if defect is restore_nothing:
-        model.model.layers[0].self_attn.attention_dropout = 0.3
-    given = {"compute_loss_func": mean_over_tokens} if defect is mean_of_means else {}
-    start, expected = trained(made(Trainer, model, **given))
-    counter = FailingAllocations()
-    trained(made(AutoFitTrainer, model, max_steps=1, **given), counter)
-    third, last = counter.count // 3, range(counter.count // 2, counter.count, 7)
-    tries = {keep_half_a_step: [{n} for n in last], restore_nothing: [{third}]}
-    tries = tries.get(defect, [{third, third + counter.count // 4}])
-
-    def worst():
-        try:
-            found = [trained(made(AutoFitTrainer, model, **given), FailingAllocations(numbers))[1] for numbers in tries]
-        except KeyError:  # AdamW, of a state that was only begun
-            return float("inf")
-        return max(farthest(expected, one, start) for one in found)
-
-    assert worst() < 1e-5
-    defect(monkeypatch)
-    assert worst() > 1e-4
 
 
 def test_gpu_mem_holds_the_process_to_a_budget(made):
