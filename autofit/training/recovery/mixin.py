@@ -17,7 +17,9 @@ from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measu
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import QUIET_STEPS, Record, Strain, Watch, free_memory, held_bytes, retried
 from autofit.training.recovery.optimizing import all_or_nothing
+from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.recomputing import keeps_some, recomputing
+from autofit.training.recovery.reducing import items_of_all, run_together
 from autofit.training.recovery.refusals import check_arguments, check_trainer
 from autofit.training.recovery.rows import can_be_cut, count_rows
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -53,7 +55,8 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
         super().__init__(*args, **kwargs)
         trainer: Any = self
         check_trainer(trainer)
-        self.recovery = Record(trainer.args.output_dir)
+        self._ranks = Ranks(trainer) if trainer.args.world_size > 1 else None
+        self.recovery = Record(trainer.args.output_dir, **({} if self._ranks is None else {"rank": self._ranks.rank}))
         self._cap = None if gpu_mem is None else Cap(gpu_mem, trainer.model, trainer.args.device)
         self._window: _Window | None = None
         self._most_tokens: int | None = None
@@ -65,7 +68,8 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
-        with self._cap.held() if self._cap is not None else contextlib.nullcontext():
+        together = contextlib.nullcontext() if self._ranks is None else self._ranks.together("training")
+        with together, self._cap.held() if self._cap is not None else contextlib.nullcontext():
             result = super().train(*args, **kwargs)
         for line in self.recovery.summary():
             logger.warning(line)
@@ -97,7 +101,12 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
 
     def _get_num_items_in_batch(self, *args: Any) -> Any:
         stock = super()._get_num_items_in_batch  # type: ignore[misc]
-        return retried(self.recovery, "fetch", lambda: stock(*args))
+
+        def count() -> Any:
+            return retried(self.recovery, "fetch", lambda: stock(*args))
+
+        of_all = self._ranks is not None and self.args.average_tokens_across_devices  # type: ignore[attr-defined]
+        return items_of_all(self, count) if of_all else count()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         stock = super()._clip_grad_norm  # type: ignore[misc]
@@ -120,7 +129,7 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
         """The stock step for the last micro-batch of an optimizer step and all before it; nothing for those.
 
         Raises:
-            OutOfBudget: it does not fit in any way that leaves the result as it is.
+            OutOfBudget: it does not fit in any way that leaves the result as it is; or not on another rank.
         """
         window = self._window
         if window is None or window.seen >= len(window.batches) or window.batches[window.seen] is not inputs:
@@ -129,7 +138,12 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
         if window.seen < len(window.batches):
             device = self.args.device  # type: ignore[attr-defined]
             return retried(self.recovery, "fetch", lambda: torch.zeros((), device=device))
-        return self._sum(self._run(model, window.batches, num_items_in_batch))
+
+        def run(module: nn.Module) -> list[torch.Tensor]:
+            return self._run(module, window.batches, num_items_in_batch)
+
+        count = len(window.batches)
+        return self._sum(run(model) if self._ranks is None else run_together(self, model, run, count))
 
     # One optimizer step's gradients
 

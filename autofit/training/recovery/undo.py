@@ -12,8 +12,8 @@ from torch import nn
 
 # Larger buffers are tables that no forward pass writes to.
 _LARGEST_BUFFER = 2**20
-# Running figures of TRL's trainers, which count the tokens of failed attempts, too.
-_FIGURES = ("_metrics", "_total_train_tokens")
+# Running figures of TRL's trainers, which count the tokens of failed attempts, too; and what is kept for other ranks.
+_FIGURES = ("_metrics", "_total_train_tokens", "_gathered")
 
 
 class Snapshot:
