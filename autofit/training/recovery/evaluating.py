@@ -36,8 +36,14 @@ class RecoveringEvaluation:
         """
         if self._ranks is None:
             return self._shrinking_step(model, inputs, prediction_loss_only, ignore_keys)
-        with local_figures(self):
-            answer = self._shrinking_step(model, inputs, prediction_loss_only, ignore_keys)
+        trainer: Any = self
+        items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+        trainer._get_num_items_in_batch = lambda *asked: items  # of the whole batch, whatever part is asked for
+        try:
+            with local_figures(self):
+                answer = self._shrinking_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            del trainer._get_num_items_in_batch
         agree_with_figures(self, "evaluation", 1)
         return answer
 

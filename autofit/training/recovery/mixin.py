@@ -19,7 +19,7 @@ from autofit.training.recovery.faults import QUIET_STEPS, Record, Strain, Watch,
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.recomputing import keeps_some, recomputing
-from autofit.training.recovery.reducing import items_of_all, run_together
+from autofit.training.recovery.reducing import items_of_all, run_together, share_buffers
 from autofit.training.recovery.refusals import check_arguments, check_trainer
 from autofit.training.recovery.rows import can_be_cut, count_rows
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -96,6 +96,8 @@ class RecoveringTrainer(RecoveringEvaluation, StopsOnSignals, WholeCheckpoints):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of the next optimizer step."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        if self._ranks is not None:
+            share_buffers(self)
         self._window = _Window(batches)
         return batches, items
 

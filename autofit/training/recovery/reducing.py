@@ -30,6 +30,17 @@ def items_of_all(trainer: Any, count: Callable[[], Any]) -> Any:
     return None if items is None else items.fill_(sum(vote["items"] or 0 for vote in votes))
 
 
+def share_buffers(trainer: Any) -> None:
+    """Gives all ranks the first one's buffers, as the wrapper does with a step's first forward pass.
+
+    All have just agreed on something or do so here: nobody waits in the library for one that has left.
+    """
+    wrapper = _wrapper(trainer.model_wrapped)
+    trainer._ranks.agree("a step's begin")
+    for buffer in _buffers(wrapper):
+        dist.broadcast(_dense(buffer), 0, group=wrapper.process_group)
+
+
 def run_together(
     trainer: Any, model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]], micro_batches: int
 ) -> list[torch.Tensor]:
@@ -46,8 +57,6 @@ def run_together(
         AutofitError: a rank is gone.
     """
     wrapper = _wrapper(model)
-    for buffer in _buffers(wrapper):
-        dist.broadcast(_dense(buffer), 0, group=wrapper.process_group)
     with local_figures(trainer):
         losses = run(wrapper.module)
     moving = _parameters(wrapper)
