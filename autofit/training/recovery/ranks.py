@@ -20,6 +20,8 @@ _VOTE_BYTES = 8192
 # Bytes of one micro-batch's figures.
 _FIGURES_BYTES = 128
 _MOST_WORDS = 300
+# What gloo says among much else.
+_OF_GLOO = ("connection closed by peer", "connection reset by peer", "timed out")
 # So long a rank that leaves with an error waits until the others have heard of it.
 _PARTING_SECONDS = 30.0
 
@@ -49,6 +51,7 @@ class Ranks:
         self._open = False
         self._over = False
         self._votes = np.zeros((0, 0), np.uint8)
+        self._tensors: list[torch.Tensor] = []
 
     @property
     def first(self) -> bool:
@@ -114,13 +117,14 @@ class Ranks:
         parameters = sum(1 for _ in self._trainer.model.parameters())
         figures = _FIGURES_BYTES * self._trainer.args.gradient_accumulation_steps
         room = _VOTE_BYTES + figures + parameters // 4 + 1
-        self._votes = np.zeros((1 + self.count, room), np.uint8)  # one's own, and all
+        # One's own, and all of them; made beforehand, for a vote must not need memory where there is none.
+        self._votes = np.zeros((1 + self.count, room), np.uint8)
+        self._tensors = [torch.from_numpy(vote) for vote in self._votes]
         self._open, self._over = True, False
 
     def _vote(self, said: dict[str, Any]) -> Any:
         self._votes[0] = np.frombuffer(json.dumps(said).encode().ljust(self._votes.shape[1]), np.uint8)
-        mine, *all_of_them = (torch.from_numpy(vote) for vote in self._votes)
-        return dist.all_gather(all_of_them, mine, group=self._group, async_op=True)
+        return dist.all_gather(self._tensors[1:], self._tensors[0], group=self._group, async_op=True)
 
     def _check(self, votes: list[dict[str, Any]]) -> None:
         left = [(rank, vote["left"]) for rank, vote in enumerate(votes) if "left" in vote]
@@ -144,7 +148,8 @@ class Ranks:
             _wait(self._vote({"left": {"kind": type(error).__name__, "words": words[:_MOST_WORDS]}}), _PARTING_SECONDS)
 
     def _gone(self, at: str, error: BaseException) -> AutofitError:
-        why = " ".join(str(error).split())[:_MOST_WORDS]
+        known = [words for words in _OF_GLOO if words.lower() in str(error).lower()]
+        why = known[0] if known else " ".join(str(error).split())[:_MOST_WORDS]
         return AutofitError(
             f"rank {self.rank}, at {at}: another rank was killed, or did not come within {self._seconds:.0f} seconds "
             f"(ddp_timeout): {why}; start all again with resume_from_checkpoint=True"

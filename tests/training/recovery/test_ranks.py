@@ -186,7 +186,7 @@ def test_under_a_limit_on_one_rank_all_train_on_or_all_say_that_they_cannot(trai
         ranks = trained(AutoFitTrainer, limited(held + int(share * room)))
         if ranks.codes != [0, 0]:
             assert ranks.codes == [1, 1], ranks.wrote
-            assert all("OutOfBudget: rank 1: " in wrote for wrote in ranks.wrote), ranks.wrote
+            assert all("OutOfBudget: rank 1: " in wrote for wrote in ranks.wrote), "\n".join(ranks.wrote)
             assert max(ranks.seconds) < 8
             outcomes.append("OutOfBudget")
             continue
