@@ -1,4 +1,4 @@
-"""Figures that TRL's trainer gathers from all ranks within each loss: kept here until a step is through, then put together.
+"""Figures that TRL's trainer gathers from all ranks within each loss: kept until a step is through, then put together.
 
 A collective within what one rank does again would put the ranks out of step.
 """
@@ -51,7 +51,7 @@ def agree_with_figures(trainer: Any, at: str, times: int, **said: Any) -> list[d
     """An agreement of the ranks at which figures become those of all of them.
 
     As the stock class has them, where each rank ran its micro-batches as they came. Where one cut them, its pieces are
-    no longer one by one the others': then each micro-batch of the step has the step's mean over tokens. Figures of other
+    no longer one by one the others': then each micro-batch of the step has its mean over tokens. Figures of other
     trainers, and of a script's own, stay those of each rank.
 
     Args:
