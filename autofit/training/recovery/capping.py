@@ -55,7 +55,7 @@ class Cap:
                 meter.hold([*self._model.parameters(), *self._model.buffers()])
                 yield
             return
-        total = torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, (self.usable_bytes - self._context_bytes) / total))
         try:

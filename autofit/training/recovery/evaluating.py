@@ -9,7 +9,9 @@ from torch import nn
 
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.cutting import LossKind, measure_kind, weight_of
-from autofit.training.recovery.faults import Record, Watch, free_memory
+from autofit.training.recovery.faults import Record, Watch, free_memory, retried
+from autofit.training.recovery.figures import agree_with_figures, local_figures
+from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.rows import can_be_cut, count_rows, take_whole
 from autofit.training.recovery.undo import Snapshot
 
@@ -20,6 +22,7 @@ class RecoveringEvaluation:
     """Mixed into a trainer class, before it."""
 
     recovery: Record
+    _ranks: Ranks | None = None
     _eval_rows: int | None = None
     _eval_kind: LossKind | None = None
 
@@ -29,8 +32,24 @@ class RecoveringEvaluation:
         """The stock step; after an out-of-memory in as few rows at a time as it takes, put together again.
 
         Raises:
-            OutOfBudget: a single row does not fit.
+            OutOfBudget: a single row does not fit; or does not on another rank.
         """
+        if self._ranks is None:
+            return self._shrinking_step(model, inputs, prediction_loss_only, ignore_keys)
+        trainer: Any = self
+        items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+        trainer._get_num_items_in_batch = lambda *asked: items  # of the whole batch, whatever part is asked for
+        try:
+            with local_figures(self):
+                answer = self._shrinking_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            del trainer._get_num_items_in_batch
+        agree_with_figures(self, "evaluation", 1)
+        return answer
+
+    def _shrinking_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None
+    ) -> Any:
         rows = count_rows(inputs)
         stock = super().prediction_step  # type: ignore[misc]
         before = Snapshot(self, model)
@@ -79,11 +98,16 @@ class RecoveringEvaluation:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loop; where what piles up between its steps does not fit, again, with results moved to the host.
 
+        Of several ranks none does it again, for the loop gathers from all of them.
+
         Raises:
             OutOfBudget: it does not fit even so.
         """
         trainer: Any = self
         stock = super().evaluation_loop  # type: ignore[misc]
+        if self._ranks is not None:
+            with self._ranks.together("evaluation"):
+                return retried(self.recovery, "evaluation", lambda: stock(*args, **kwargs), times=1)
         before, steps = Snapshot(self, trainer.model), trainer.args.eval_accumulation_steps
         try:
             for _ in range(_PASSES):

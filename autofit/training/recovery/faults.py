@@ -21,7 +21,7 @@ from autofit.trial.record import requested_bytes
 # After so many steps without a fault what was cut grows back.
 QUIET_STEPS = 100
 # How often what should need no more memory the second time is tried again.
-_TIMES = 3
+TIMES = 3
 
 
 class Watch:
@@ -120,10 +120,15 @@ def free_memory() -> None:
 
 
 class Record:
-    """What happened, in memory and in `events.jsonl` of a folder."""
+    """What happened, in memory and in `events.jsonl` of a folder.
 
-    def __init__(self, folder: str | None) -> None:
+    Args:
+        always: is in every line.
+    """
+
+    def __init__(self, folder: str | None, **always: Any) -> None:
         self.events: list[dict[str, Any]] = []
+        self._always = always
         self._file = None if folder is None else Path(folder) / "events.jsonl"
 
     def oom(self, watch: Watch, phase: str, did: str, **about: Any) -> None:
@@ -146,7 +151,7 @@ class Record:
 
     def add(self, event: str, **about: Any) -> None:
         """One more event; a file that cannot be written loses no training."""
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **about}
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **self._always, **about}
         self.events.append(line)
         if self._file is None:
             return
@@ -158,15 +163,15 @@ class Record:
             self._file = None
 
 
-def retried(record: Record, phase: str, work: Callable[[], Any]) -> Any:
+def retried(record: Record, phase: str, work: Callable[[], Any], times: int = TIMES) -> Any:
     """The result of work that may be done again from its start; memory is freed between the attempts.
 
     Raises:
         OutOfBudget: it ran out of memory each time.
     """
-    for _ in range(_TIMES):
+    for _ in range(times):
         with Watch() as watch:
             return work()
         free_memory()
         record.oom(watch, phase, "freed memory and tried again")
-    raise OutOfBudget(f"{phase} does not fit, tried {_TIMES} times: {watch.fault}")
+    raise OutOfBudget(f"{phase} does not fit, tried {times} times: {watch.fault}")

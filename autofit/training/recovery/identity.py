@@ -72,7 +72,7 @@ def first_difference(before: dict[str, dict[str, Any]], now: dict[str, dict[str,
 def samples_done(trainer: Any) -> int:
     """How many samples the steps so far have taken, epochs of all of them counted one after the other."""
     arguments, steps = trainer.args, trainer.state.global_step
-    rows, accumulated = arguments.train_batch_size, arguments.gradient_accumulation_steps
+    rows, accumulated = arguments.train_batch_size * arguments.world_size, arguments.gradient_accumulation_steps
     examples = _length(trainer.train_dataset)
     if not examples:
         return int(steps * rows * accumulated)
@@ -85,11 +85,12 @@ def samples_done(trainer: Any) -> int:
 def _arguments(arguments: Any) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in _DECIDING if hasattr(arguments, name)}
     found["optim"] = str(getattr(arguments.optim, "value", arguments.optim)).removeprefix("paged_")
-    found["samples in a step"] = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    rows = arguments.train_batch_size * arguments.world_size
+    found["samples in a step"] = rows * arguments.gradient_accumulation_steps
     if arguments.max_steps <= 0:
         found["num_train_epochs"] = float(arguments.num_train_epochs)
     if arguments.dataloader_drop_last:  # of the last batches then: how many there are depends on the split
-        found["per_device_train_batch_size"] = arguments.train_batch_size
+        found["per_device_train_batch_size"] = rows
     return {name: getattr(value, "value", value) for name, value in found.items()}
 
 

@@ -20,7 +20,9 @@ from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import Record, Watch, retried
 from autofit.training.recovery.foresight import foresee
 from autofit.training.recovery.optimizing import all_or_nothing
+from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.redoing import RedoesSteps
+from autofit.training.recovery.reducing import items_of_all, run_together, share_buffers
 from autofit.training.recovery.refusals import check_arguments, check_trainer
 from autofit.training.recovery.rows import can_be_cut, count_rows
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -59,7 +61,8 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
         super().__init__(*args, **kwargs)
         trainer: Any = self
         check_trainer(trainer)
-        self.recovery = Record(trainer.args.output_dir)
+        self._ranks = Ranks(trainer) if trainer.args.world_size > 1 else None
+        self.recovery = Record(trainer.args.output_dir, **({} if self._ranks is None else {"rank": self._ranks.rank}))
         self._cap = None if gpu_mem is None else Cap(gpu_mem, trainer.model, trainer.args.device)
         if self._cap is not None and self._foresees:
             self._look_ahead(self._cap)
@@ -84,7 +87,8 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
-        with self._cap.held() if self._cap is not None else contextlib.nullcontext():
+        together = contextlib.nullcontext() if self._ranks is None else self._ranks.together("training")
+        with together, self._cap.held() if self._cap is not None else contextlib.nullcontext():
             result = super().train(*args, **kwargs)
         for line in self.recovery.summary():
             logger.warning(line)
@@ -111,18 +115,25 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of the next optimizer step."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        if self._ranks is not None:
+            share_buffers(self)
         self._window = _Window(batches)
         return batches, items
 
     def _get_num_items_in_batch(self, *args: Any) -> Any:
         stock = super()._get_num_items_in_batch  # type: ignore[misc]
-        return retried(self.recovery, "fetch", lambda: stock(*args))
+
+        def count() -> Any:
+            return retried(self.recovery, "fetch", lambda: stock(*args))
+
+        of_all = self._ranks is not None and self.args.average_tokens_across_devices  # type: ignore[attr-defined]
+        return items_of_all(self, count) if of_all else count()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The stock step for the last micro-batch of an optimizer step and all before it; nothing for those.
 
         Raises:
-            OutOfBudget: it does not fit in any way that leaves the result as it is.
+            OutOfBudget: it does not fit in any way that leaves the result as it is; or not on another rank.
         """
         window = self._window
         if window is None or window.seen >= len(window.batches) or window.batches[window.seen] is not inputs:
@@ -131,7 +142,12 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
         if window.seen < len(window.batches):
             device = self.args.device  # type: ignore[attr-defined]
             return retried(self.recovery, "fetch", lambda: torch.zeros((), device=device))
-        return self._sum(self._run(model, window.batches, num_items_in_batch))
+
+        def run(module: nn.Module) -> list[torch.Tensor]:
+            return self._run(module, window.batches, num_items_in_batch)
+
+        count = len(window.batches)
+        return self._sum(run(model) if self._ranks is None else run_together(self, model, run, count))
 
     # One optimizer step's gradients
 

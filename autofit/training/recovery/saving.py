@@ -15,27 +15,31 @@ from transformers.utils import logging
 from autofit.errors import AutofitError, UsageError
 from autofit.space.units import format_bytes
 from autofit.training import checkpoints
-from autofit.training.recovery.faults import Record, retried
+from autofit.training.recovery.faults import TIMES, Record, retried
 from autofit.training.recovery.identity import first_difference, identity, samples_done
+from autofit.training.recovery.ranks import Ranks
 
 logger = logging.get_logger(__name__)
 
 # What a checkpoint has besides tensors: tokenizer, state, configs.
 _SMALL_FILES_BYTES = 64 * 2**20
 # Without these the stock class goes on all the same: with a fresh optimizer, and other random numbers.
-_TO_GO_ON = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_TO_GO_ON = ("optimizer.pt", "scheduler.pt")
 
 
 class WholeCheckpoints:
     """Mixed into a trainer class, before it.
 
     The stock save writes into a folder beside the checkpoints, which becomes one by being renamed. At least two are
-    kept, whatever `save_total_limit` says.
+    kept, whatever `save_total_limit` says. Of several ranks the first writes and renames, the others add their random
+    states and wait until it has its name.
     """
 
     recovery: Record
+    _ranks: Ranks | None = None
     _staging: Path | None = None
     _to_push: bool = False
+    _unsaved: Exception | None = None
     _identity: dict[str, dict[str, Any]] | None = None
 
     def train(
@@ -54,7 +58,10 @@ class WholeCheckpoints:
         self._identity = None
         found: str | None = None
         if resume_from_checkpoint:
-            found = str(self._checkpoint_to_resume(resume_from_checkpoint, force_resume))
+            if self._writes:
+                found = str(self._checkpoint_to_resume(resume_from_checkpoint, force_resume))
+            if self._ranks is not None:
+                found = self._ranks.of_first("the checkpoint to go on from", found)
         return super().train(found, *args, **kwargs)  # type: ignore[misc]
 
     def _checkpoint_to_resume(self, asked: str | bool, forced: bool) -> Path:
@@ -76,7 +83,10 @@ class WholeCheckpoints:
 
     def _check_same_run(self, checkpoint: Path) -> None:
         instead = "go on with the same, or force it by train(..., force_resume=True)"
-        missing = [name for name in _TO_GO_ON if not (checkpoint / name).is_file()]
+        expected, found = self._random_states(), sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
+        missing = [name for name in (*_TO_GO_ON, *expected) if not (checkpoint / name).is_file()]
+        if found and found != sorted(expected):
+            raise UsageError(f"checkpoint {checkpoint} is of {len(found)} processes, not {len(expected)}; {instead}")
         if missing:
             raise UsageError(f"checkpoint {checkpoint} has no {missing[0]}: it is weights alone; {instead}")
         facts = checkpoints.facts_of(checkpoint)
@@ -98,6 +108,29 @@ class WholeCheckpoints:
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     # Writing
+
+    @property
+    def _writes(self) -> bool:
+        return self._ranks is None or self._ranks.first
+
+    def _meet(self, at: str) -> None:
+        if self._ranks is not None:
+            self._ranks.agree(at)
+
+    def _random_states(self) -> list[str]:
+        """The names of the files with the random states that a checkpoint has."""
+        return ["rng_state.pth"] if self._ranks is None else [f"rng_state_{i}.pth" for i in range(self._ranks.count)]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The stock save; what it raises on one of several ranks waits until those have met, or they would wait."""
+        stock = super().save_model  # type: ignore[misc]
+        if self._ranks is None or self._staging is None:
+            stock(output_dir, _internal_call=_internal_call)
+            return
+        try:
+            retried(self.recovery, "save", lambda: stock(output_dir, _internal_call=_internal_call))
+        except Exception as error:
+            self._unsaved = error
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
@@ -122,12 +155,18 @@ class WholeCheckpoints:
         final = folder / f"checkpoint-{step}"
         needed = self._checkpoint_bytes()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoints.clear(folder)
-            checkpoints.require_space(folder, needed)
-            retried(self.recovery, "save", lambda: self._stage_checkpoint(model, trial, final))
-            checkpoints.publish(folder / checkpoints.STAGING / final.name, final, self._checkpoint_facts())
-            checkpoints.clear(folder)
+            if self._writes:
+                folder.mkdir(parents=True, exist_ok=True)
+                checkpoints.clear(folder)
+                checkpoints.require_space(folder, needed)
+                checkpoints.stage(folder)
+            self._meet("a checkpoint's begin")
+            times = TIMES if self._ranks is None else 1  # the stock save gathers from all ranks
+            retried(self.recovery, "save", lambda: self._stage_checkpoint(model, trial, final), times)
+            self._meet("a checkpoint's files")
+            if self._writes:
+                self._publish(folder / checkpoints.STAGING / final.name, final)
+            self._meet("a checkpoint's name")
         except Exception as error:
             if not _is_of_disk(error):
                 raise
@@ -138,7 +177,7 @@ class WholeCheckpoints:
                 "earlier checkpoints are intact: free some and go on with resume_from_checkpoint=True"
             ) from error
         best = trainer.state.best_model_checkpoint
-        if trainer.args.save_total_limit:
+        if trainer.args.save_total_limit and self._writes:
             checkpoints.prune(folder, trainer.args.save_total_limit, [final, *([Path(best)] if best else [])])
         if self._to_push:
             self._to_push = False
@@ -146,15 +185,28 @@ class WholeCheckpoints:
 
     def _stage_checkpoint(self, model: nn.Module, trial: Any, final: Path) -> None:
         trainer: Any = self
-        staging = checkpoints.stage(final.parent)
-        self._staging = staging
+        staging = final.parent / checkpoints.STAGING
+        if self._ranks is None:
+            checkpoints.stage(final.parent)
+        self._staging, self._unsaved = staging, None
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self._staging = None
+        if self._unsaved is not None:
+            raise self._unsaved
         if trainer.state.best_model_checkpoint == str(staging / final.name):
             trainer.state.best_model_checkpoint = str(final)
-            trainer.state.save_to_json(str(staging / final.name / checkpoints.STATE))
+            if self._writes:
+                trainer.state.save_to_json(str(staging / final.name / checkpoints.STATE))
+
+    def _publish(self, staged: Path, final: Path) -> None:
+        trainer: Any = self
+        missing = [name for name in self._random_states() if not (staged / name).is_file()]
+        if missing and not trainer.args.save_only_model:
+            raise AutofitError(f"{final} has no {missing[0]}: all processes must share {final.parent}")
+        checkpoints.publish(staged, final, self._checkpoint_facts())
+        checkpoints.clear(final.parent)
 
     def _checkpoint_facts(self) -> dict[str, Any]:
         trainer: Any = self

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils import logging
 
 from autofit.training.recovery.faults import Record
+from autofit.training.recovery.ranks import Ranks
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +37,7 @@ class Stop:
     def __init__(self) -> None:
         self.number: int | None = None
         self.done = False
+        self._arrived = False
         self._asked = 0.0
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
@@ -61,13 +63,19 @@ class Stop:
                 signal.signal(number, before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
+        if self._arrived:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.number, self._asked = number, time.monotonic()
+        self._arrived = True
+        self.told(number)
         if os.getpid() == self._process and self._had_a_handler(number):  # workers of loaders inherit this one
             self._before[number](number, frame)
+
+    def told(self, number: int) -> None:
+        """A signal came, here or to another rank; that of a rank does not make the one that comes here the second."""
+        if self.number is None:
+            self.number, self._asked = number, time.monotonic()
 
     def _had_a_handler(self, number: int) -> bool:
         return callable(self._before[number]) and self._before[number] is not signal.default_int_handler
@@ -94,6 +102,7 @@ class StopsOnSignals:
     """Mixed into a trainer class, before it, and after what makes its checkpoints."""
 
     recovery: Record
+    _ranks: Ranks | None = None
     _stop: Stop | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +131,7 @@ class StopsOnSignals:
     ) -> None:
         trainer: Any = self
         stop = self._stop
-        stopping = stop is not None and stop.number is not None
+        stopping = self._is_to_stop(stop)
         if stopping:
             trainer.control.should_save = True
             if trainer.control.should_evaluate:
@@ -133,6 +142,15 @@ class StopsOnSignals:
             # With the epoch's last step its end is due as well, and would not be made up for.
             if not float(trainer.state.epoch).is_integer():
                 stop.end()
+
+    def _is_to_stop(self, stop: Stop | None) -> bool:
+        """Whether a signal has come; to any of several ranks, which agree on it, for all must stop at the same step."""
+        asked = (stop.number if stop is not None else None) or 0
+        if self._ranks is not None:
+            asked = max(vote["stop"] for vote in self._ranks.agree("the step's end", stop=asked))
+        if stop is not None and asked:
+            stop.told(asked)
+        return stop is not None and asked > 0
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]

@@ -12,8 +12,8 @@ from torch import nn
 
 # Larger buffers are tables that no forward pass writes to.
 _LARGEST_BUFFER = 2**20
-# Running figures of TRL's trainers, which count the tokens of failed attempts, too.
-_FIGURES = ("_metrics", "_total_train_tokens")
+# Running figures of TRL's trainers, which count the tokens of failed attempts, too; and what is kept for other ranks.
+_FIGURES = ("_metrics", "_total_train_tokens", "_gathered")
 
 
 class Snapshot:
@@ -22,7 +22,8 @@ class Snapshot:
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         self._trainer = trainer
         self._random = (torch.get_rng_state(), random.getstate(), np.random.get_state())
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        # Of this process's device: asking all of them would put a context on each.
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         # Batch norm changes its statistics without counting a version, so copies and no comparison.
         small = (buffer for buffer in model.buffers() if buffer.numel() < _LARGEST_BUFFER)
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in small]
@@ -33,8 +34,8 @@ class Snapshot:
         torch.set_rng_state(self._random[0])
         random.setstate(self._random[1])
         np.random.set_state(self._random[2])
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
         for buffer, kept in self._buffers:
             buffer.data.copy_(kept)
         for name, value in self._figures.items():

@@ -1,6 +1,7 @@
 """The parts of recovery: the optimizer's step, evaluation, batches and their cuts, and what is refused."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from autofit.step.tokenizer import byte_tokenizer
 from autofit.training.recovery.cutting import LossKind, cut, finer, measure_kind
 from autofit.training.recovery.faults import Record, Watch, retried
 from autofit.training.recovery.optimizing import all_or_nothing
+from autofit.training.recovery.refusals import _refused_of_several
 from autofit.training.recovery.rows import can_be_cut, row_lengths, take, together, trained_items
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
 from tests.training.recovery.conftest import ARGUMENTS, FailingAllocations, examples, pad, same, weights
@@ -232,6 +234,23 @@ def test_predictions_of_the_parts_are_those_of_the_whole(made):
 def test_what_is_not_covered_is_refused_by_name(made, given, says):
     with pytest.raises(UsageError, match=says):
         made(AutoFitTrainer, **given)
+
+
+def test_of_several_processes_what_talks_within_a_step_is_refused(tiny_llama):
+    def trainer(model, kind="MULTI_CPU", **given):
+        arguments = SimpleNamespace(**{"world_size": 2, "torch_compile": False, "save_on_each_node": False, **given})
+        return SimpleNamespace(
+            args=arguments, model=model, accelerator=SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
+        )
+
+    def refused(*asked, **given):
+        return [what for what, (found, _) in _refused_of_several(trainer(*asked, **given)).items() if found]
+
+    assert refused(tiny_llama) == []
+    assert refused(tiny_llama, "XLA") == ["XLA with 2 processes"]
+    assert refused(tiny_llama, torch_compile=True) == ["torch_compile with 2 processes"]
+    assert refused(nn.Sequential(nn.SyncBatchNorm(4))) == ["SyncBatchNorm with 2 processes"]
+    assert refused(tiny_llama, save_on_each_node=True) == ["save_on_each_node with 2 processes"]
 
 
 def test_renamed_arguments_are_told_their_new_name(tiny_llama, tmp_path):
