@@ -60,6 +60,22 @@ def packed_as(packing: Packing | None) -> Iterator[None]:
         _running.pop()
 
 
+@contextlib.contextmanager
+def not_packed(model: nn.Module, attention: str) -> Iterator[None]:
+    """While it is open, a model built for packed rows has the attention (transformers' name) of padded ones."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    packed: list[Any] = [
+        config for config in configs.values() if getattr(config, "_attn_implementation", None) == PACKED_ATTENTION
+    ]
+    try:
+        for config in packed:
+            config._attn_implementation = attention
+        yield
+    finally:
+        for config in packed:
+            config._attn_implementation = PACKED_ATTENTION
+
+
 def packed_head_size(base: PreTrainedModel) -> int | None:
     """The head size of a base of which all that mixes tokens is causal attention, as `packed_attention` does it.
 

@@ -16,8 +16,8 @@ from autofit.space.source import ModelSource
 from autofit.step.batch import MicroBatch, full_rows, worst_micro_batches, worst_packed
 from autofit.step.loss import LOSSES, Loss
 from autofit.step.model import build_model, offload_context
-from autofit.step.packing import packed_as
-from autofit.step.policy import StepPolicy
+from autofit.step.packing import not_packed, packed_as
+from autofit.step.policy import PACKED_ATTENTION, StepPolicy
 from autofit.step.recipes import (
     MAX_GRAD_NORM,
     RECIPES,
@@ -41,6 +41,7 @@ class Step:
 
     Attributes:
         report: told the phase as it begins ("forward", "backward").
+        attention: transformers' name of that of padded rows.
         most_tokens: a micro-batch of more is a long sequence alone: all layers recompute, from what goes to the host.
         scaler: scales the loss where the policy says so (float16), else switched off.
     """
@@ -50,6 +51,7 @@ class Step:
     loss: Loss
     offload: contextlib.AbstractContextManager[Any]
     report: Callable[[str], None] = _no_report
+    attention: str = "sdpa"
     most_tokens: int | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -62,7 +64,7 @@ class Step:
         `normalizer` is the trained tokens of the whole global batch, so that the cuts sum to the uncut loss.
         """
         batch = batch.to(self.policy.device)
-        with self.offload, self._as_long(batch), packed_as(batch.packing):
+        with self.offload, self._as_long(batch), self._attention(batch):
             self.report("forward")
             with self._forward():
                 loss = self.loss(self.model, batch) / max(normalizer, 1)
@@ -73,7 +75,7 @@ class Step:
     def evaluate(self, batch: MicroBatch) -> torch.Tensor:
         """The summed loss of one micro-batch, without gradients, on the device."""
         batch = batch.to(self.policy.device)
-        with torch.no_grad(), packed_as(batch.packing), self._forward():
+        with torch.no_grad(), self._attention(batch), self._forward():
             return self.loss(self.model, batch)
 
     def accumulate(self, batches: Iterable[MicroBatch], normalizer: int) -> torch.Tensor:
@@ -98,6 +100,11 @@ class Step:
         if any(flag.item() for flag in found.values()):
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
+
+    def _attention(self, batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
+        if batch.packing is None and self.policy.attention == PACKED_ATTENTION:
+            return not_packed(self.model, self.attention)
+        return packed_as(batch.packing)
 
     def _as_long(self, batch: MicroBatch) -> contextlib.AbstractContextManager[None]:
         if self.most_tokens is None or batch.tokens <= self.most_tokens:
@@ -199,7 +206,14 @@ def build_step(
     model = build_model(candidate, source, policy, lora_alpha, seed, skeleton)
     if candidate.step == "autofit":
         offload = offload_context(model, candidate)
-        return Step(model, policy, LOSSES[candidate.loss], offload, most_tokens=candidate.token_budget)
+        return Step(
+            model,
+            policy,
+            LOSSES[candidate.loss],
+            offload,
+            attention=candidate.attention,
+            most_tokens=candidate.token_budget,
+        )
     recipe = RECIPES[candidate.step]
     recipe.prepare(model)
     return StockStep(model, policy, recipe, offload_context(model, candidate))

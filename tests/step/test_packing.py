@@ -1,5 +1,7 @@
 """Several sequences in a row: the gradient of the padded layout, and memory that the row's tokens decide."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from autofit.errors import UsageError
 from autofit.memory.estimate import estimate
+from autofit.memory.forecast import run_forecast
 from autofit.space.candidate import Candidate
 from autofit.space.cut import most_sequences
 from autofit.space.facts import DeviceFacts
@@ -17,8 +20,10 @@ from autofit.step.inspect import inspect_model
 from autofit.step.packing import packed_attention
 from autofit.step.policy import resolve_policy
 from autofit.step.step import build_step
+from autofit.trial.child import run_trial
 from autofit.trial.phases import PhaseReport
 from autofit.trial.probe import run_probe
+from autofit.trial.request import TrialRequest
 from benchmarks.tiny_architectures import tiny_config
 from tests.conftest import CPU
 from tests.step.test_step import example, gradients
@@ -105,12 +110,13 @@ def test_families_that_can_pack_have_the_padded_gradient(family, tmp_path):
     rows = examples()
     count = trained_tokens(rows)
     found = []
-    for layout in ("padded", "packed"):
+    apart, first_alone = [collate([row], 0) for row in rows], [collate(rows[:1], 0), collate_packed(rows[1:])]
+    for layout, batches in (("padded", apart), ("packed", [collate_packed(rows)]), ("packed", first_alone)):
         step = built(candidate.replace(layout=layout), source)
         step.model.eval()  # hidden states may be dropped, and routers are jittered
-        batches = [collate([row], 0) for row in rows] if layout == "padded" else [collate_packed(rows)]
         found.append(gradients(step, batches, count)[1])
-    assert (found[1] - found[0]).norm() <= 1e-6 * found[0].norm()
+    for other in found[1:]:
+        assert (other - found[0]).norm() <= 1e-6 * found[0].norm()
 
 
 @pytest.mark.parametrize("family", CANNOT)
@@ -151,6 +157,28 @@ def test_the_estimate_is_what_the_probe_counts(tiny_source, layers):
     request = {"model": source.model, "trust_remote_code": False, "device": "cpu", "gpu_mem": None, "seed": 0}
     probed = run_probe({**request, "asked": candidate.to_json()}, PhaseReport())["peak_allocated_bytes"]
     assert estimate(candidate, source, CPU).peak_allocated_bytes == probed
+
+
+def test_a_long_sequence_alone_is_estimated_beside_the_packed_rows(tiny_source):
+    """The trial runs both kinds, and holds the batches of both; the estimate takes whichever needs most."""
+    source = ModelSource(model=tiny_source.model, random_weights=True)
+    for rows, longest in ((1, 300), (2, 200)):
+        candidate = PACKED.replace(micro_batch_size=rows, max_seq_length=longest, pace_length=64)
+        forms = {"candidates": [c.to_json() for c in (candidate, candidate.usual(), candidate.alone(4, False))]}
+        request = {**forms, "source": asdict(source), "device": CPU.to_json(), "calibration": None}
+        told = run_forecast({**request, "checkpointable_layers": 4}, PhaseReport())["estimates"]
+        assert told[0]["peak_allocated_bytes"] == max(one["peak_allocated_bytes"] for one in told[1:])
+        trial = TrialRequest(
+            candidate=candidate,
+            source=source,
+            device=CPU,
+            cap_bytes=10**9,
+            budget_bytes=10**9,
+            lora_alpha=32,
+            seed=0,
+        )
+        measured = run_trial(trial.to_json(), PhaseReport())["peak_allocated_bytes"]
+        assert measured == pytest.approx(told[0]["peak_allocated_bytes"], rel=2e-3)
 
 
 def test_a_candidate_goes_through_json_as_it_is():

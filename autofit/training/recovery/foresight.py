@@ -103,8 +103,10 @@ def foresee(trainer: Any, device: DeviceFacts, usable_bytes: int) -> Foresight |
         return None
     fitting = [way for way in found if needed[way] <= usable_bytes]
     speeds = {way: p.tokens_per_second or 0.0 for way, p in found.items()}
+    same_states = [way for way in fitting if way.candidate.optimizer == asked.candidate.optimizer]
     # Where speeds are not known: fewer rows first, then what recomputes.
-    chosen = max(fitting, key=lambda way: (way == asked, speeds[way], -way.how, way.rows), default=None)
+    preference = lambda way: (way == asked, speeds[way], -way.how, way.rows)  # noqa: E731
+    chosen = max(same_states or fitting, key=preference, default=None)
     chosen = chosen or min(needed, key=needed.__getitem__)
     return Foresight(chosen, needed[chosen], asked, needed[asked], usable_bytes)
 
