@@ -33,7 +33,7 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
     candidates = [Candidate.from_json(candidate) for candidate in request["candidates"]]
     calibration = Calibration(**given) if given is not None else None
     layers, offloads = request["checkpointable_layers"], device.type == "cuda"
-    forms = {c: (c.usual(), c.alone(layers, offloads)) if c.has_long_rows else (c,) for c in candidates}
+    forms = {c: _forms(c, layers, offloads) for c in candidates}
     asked = list(dict.fromkeys(form for some in forms.values() for form in some))
     with side_by_side() as pool:
         answers = estimate_many(asked, ModelSource(**request["source"]), device, calibration, pool)
@@ -43,6 +43,13 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
     if card is not None:
         found = dict(with_link(list(found.items()), card))
     return {"estimates": [_told(forms[c], found, errors) for c in candidates]}
+
+
+def _forms(candidate: Candidate, layers: int, offloads: bool) -> tuple[Candidate, ...]:
+    """What of a candidate is estimated: its usual micro-batches, and a long sequence alone."""
+    if candidate.has_long_rows:
+        return candidate.usual(), candidate.alone(layers, offloads)
+    return (candidate.usual() if candidate.layout == "packed" else candidate,)
 
 
 def _told(

@@ -226,6 +226,7 @@ def costliest_batches(candidate: Candidate, vocabulary: int) -> list[MicroBatch]
     if candidate.has_long_rows:
         longest = worst_micro_batches(candidate.max_seq_length, candidate.max_seq_length, vocabulary)
         return costliest_batches(candidate.usual(), vocabulary) + longest
-    if candidate.layout == "packed":
-        return [worst_packed(candidate.token_budget, candidate.max_seq_length, vocabulary)]
+    if candidate.layout == "packed":  # of sequences as most are: a row's tokens alone decide its memory
+        usual = candidate.usual()
+        return [worst_packed(usual.token_budget, usual.max_seq_length, vocabulary)]
     return worst_micro_batches(candidate.token_budget, candidate.max_seq_length, vocabulary)
