@@ -127,6 +127,7 @@ class RedoesSteps:
             about = {"pieces": len(pieces), "largest_tokens": max(piece.tokens for piece in pieces)}
             self.recovery.oom(watch, "step", did or "gave up", step=trainer.state.global_step, **about)
             if did is None:
+                trainer._save_last_step(model)
                 why = f"step {trainer.state.global_step + 1} does not fit: {work.why(failed)}"
                 raise OutOfBudget(f"{why}; {watch.fault}")
 

@@ -183,6 +183,24 @@ class WholeCheckpoints:
             self._to_push = False
             self._push_from_checkpoint(str(final))
 
+    def _save_last_step(self, model: nn.Module) -> None:
+        """A checkpoint of the last completed step, by a process that is about to give up in the next one.
+
+        None where the user wants none or there is one; with an epoch's first step, whose sampler has drawn its seed;
+        of several ranks, which do not all give up at this moment; or where it cannot be written.
+        """
+        trainer: Any = self
+        state = trainer.state
+        wanted = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
+        final = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
+        between = state.global_step > 0 and not float(state.epoch or 0).is_integer()
+        if not (wanted and between and self._ranks is None) or final.exists():
+            return
+        try:
+            self._save_checkpoint(model, None)
+        except (AutofitError, RuntimeError) as error:
+            self._warn_of_checkpoint(f"the last step could not be saved: {error}")
+
     def _stage_checkpoint(self, model: nn.Module, trial: Any, final: Path) -> None:
         trainer: Any = self
         staging = final.parent / checkpoints.STAGING

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +113,45 @@ def test_recomputing_for_a_while_leaves_a_model_as_it_was(two_layers, offload, b
     assert [layer.gradient_checkpointing for layer in layers] == flags
     assert [vars(layer).get("_gradient_checkpointing_func") for layer in layers] == functions
     assert same(gradients(), expected)
+
+
+def test_giving_up_leaves_a_checkpoint_of_the_last_completed_step(made, two_layers):
+    """As far as it came, and with the random numbers of then: what goes on from it ends as undisturbed."""
+    for layer in two_layers.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 12}
+    saves = {"save_strategy": "steps", "save_steps": 100}
+    expected = made(Trainer, two_layers, **given)
+    expected.train()
+    ours = made(AutoFitTrainer, two_layers, **given, **saves)
+    gone = GoneFrom(ours, step=5)
+    with pytest.raises(OutOfBudget):
+        ours.train()
+    assert gone.seen
+    assert [path.name for path in sorted(Path(ours.args.output_dir).glob("checkpoint-*"))] == ["checkpoint-5"]
+    again = made(AutoFitTrainer, two_layers, **given, **saves)
+    again.train(resume_from_checkpoint=True)
+    assert same(weights(again), weights(expected))
+
+
+@pytest.mark.parametrize(("step", "strategy"), [(0, "steps"), (8, "steps"), (5, "no")])
+def test_no_checkpoint_where_none_is_wanted_or_none_would_go_on_as_undisturbed(made, two_layers, step, strategy):
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 12}
+    ours = made(AutoFitTrainer, two_layers, **given, save_strategy=strategy, save_steps=100)
+    GoneFrom(ours, step)
+    with pytest.raises(OutOfBudget):
+        ours.train()
+    assert list(Path(ours.args.output_dir).glob("checkpoint-*")) == []
+
+
+class GoneFrom:
+    """There is no memory at all from a step on."""
+
+    def __init__(self, trainer, step):
+        self.trainer, self.step, self.seen = trainer, step, False
+        trainer.model.model.layers[0].register_forward_pre_hook(self.look)
+
+    def look(self, *_):
+        if self.trainer.state.global_step >= self.step:
+            self.seen = True
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
