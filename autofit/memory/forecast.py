@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from autofit.errors import UsageError
 from autofit.memory.calibration import Calibration
 from autofit.memory.derive import estimate_many, side_by_side
-from autofit.memory.estimate import Estimate, needed_bytes
+from autofit.memory.estimate import Estimate
+from autofit.memory.forms import combined, forms_of
 from autofit.memory.link import with_link
 from autofit.space.candidate import Candidate
 from autofit.space.cards import card_of
@@ -33,7 +33,7 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
     candidates = [Candidate.from_json(candidate) for candidate in request["candidates"]]
     calibration = Calibration(**given) if given is not None else None
     layers, offloads = request["checkpointable_layers"], device.type == "cuda"
-    forms = {c: _forms(c, layers, offloads) for c in candidates}
+    forms = {c: forms_of(c, layers, offloads) for c in candidates}
     asked = list(dict.fromkeys(form for some in forms.values() for form in some))
     with side_by_side() as pool:
         answers = estimate_many(asked, ModelSource(**request["source"]), device, calibration, pool)
@@ -45,21 +45,12 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
     return {"estimates": [_told(forms[c], found, errors) for c in candidates]}
 
 
-def _forms(candidate: Candidate, layers: int, offloads: bool) -> tuple[Candidate, ...]:
-    """What of a candidate is estimated: its usual micro-batches, and a long sequence alone."""
-    if candidate.has_long_rows:
-        return candidate.usual(), candidate.alone(layers, offloads)
-    return (candidate.usual() if candidate.layout == "packed" else candidate,)
-
-
 def _told(
     forms: tuple[Candidate, ...], found: dict[Candidate, Estimate], errors: dict[Candidate, str]
 ) -> dict[str, Any]:
-    """What is told of a candidate: the memory of whichever of its forms needs most, and the speed of the usual one."""
     why = [errors[form] for form in forms if form in errors]
     if why:
         return {"error": why[0]}
-    most = max((found[form] for form in forms), key=needed_bytes)
-    most = replace(most, tokens_per_second=found[forms[0]].tokens_per_second)
+    most = combined(forms, found)
     model_bytes = sum(most.breakdown_bytes.get(part, 0) for part in ("weights", "adapters", "buffers"))
     return {**{name: getattr(most, name) for name in _TOLD}, "model_bytes": model_bytes}

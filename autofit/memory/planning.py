@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +11,7 @@ from autofit.errors import UsageError
 from autofit.memory.calibration import Calibration
 from autofit.memory.derive import estimate_many, side_by_side
 from autofit.memory.estimate import Estimate, needed_bytes
+from autofit.memory.forms import combined, forms_of
 from autofit.memory.growth import LENGTH_UNIT
 from autofit.memory.link import with_link
 from autofit.memory.tracing import kernels_of
@@ -35,6 +36,7 @@ _KEPT = (
 )
 
 Found = list[tuple[Candidate, Estimate]]
+Forms = dict[Candidate, tuple[Candidate, ...]]
 
 
 def run_plan(request: dict[str, Any], report: Callable[..., None]) -> dict[str, Any]:
@@ -129,15 +131,20 @@ class _PlanJob:
 
     def _ask(self, candidates: Iterable[Candidate]) -> Found:
         """The estimates of those that can be estimated; each is asked once."""
-        candidates = list(candidates)
-        new = [c for c in candidates if c not in self.answers]
+        forms = self._forms(candidates, self.request.device)
+        new = [f for f in _all(forms) if f not in self.answers]
         answers = estimate_many(new, self.request.source, self.request.device, self.calibration, self.pool)
-        for candidate, answer in zip(new, answers, strict=True):
-            self.answers[candidate] = answer
-            if isinstance(answer, UsageError):
-                self.failed.append({"candidate": candidate.to_json(), "error": str(answer)})
-        known = [(c, self.answers[c]) for c in candidates]
-        return _linked([(c, e) for c, e in known if isinstance(e, Estimate)], self.request.device)
+        self.answers.update(zip(new, answers, strict=True))
+        for candidate, some in forms.items():
+            why = [str(self.answers[f]) for f in some if isinstance(self.answers[f], UsageError)]
+            failed = {"candidate": candidate.to_json(), "error": why[0]} if why else None
+            if failed is not None and failed not in self.failed:
+                self.failed.append(failed)
+        return _together(forms, [(f, self.answers[f]) for f in _all(forms)], self.request.device)
+
+    def _forms(self, candidates: Iterable[Candidate], device: DeviceFacts) -> Forms:
+        layers, offloads = self.request.limits.checkpointable_layers, device.type == "cuda"
+        return {candidate: forms_of(candidate, layers, offloads) for candidate in candidates}
 
     def frontier(self) -> Found:
         """Rows × length around the wish, with bits and rank of the first rung that fits (the last, where none does)."""
@@ -184,12 +191,19 @@ class _PlanJob:
 
     def _estimated(self, candidates: Iterable[Candidate], device: DeviceFacts) -> Found:
         """Estimates for another device, as it comes."""
-        candidates = list(candidates)
-        answers = estimate_many(candidates, self.request.source, device, None, self.pool)
-        pairs = zip(candidates, answers, strict=True)
-        return _linked([(c, e) for c, e in pairs if isinstance(e, Estimate)], device)
+        forms = self._forms(candidates, device)
+        asked = _all(forms)
+        answers = estimate_many(asked, self.request.source, device, None, self.pool)
+        return _together(forms, list(zip(asked, answers, strict=True)), device)
 
 
-def _linked(found: Found, device: DeviceFacts) -> Found:
+def _all(forms: Forms) -> list[Candidate]:
+    return list(dict.fromkeys(form for some in forms.values() for form in some))
+
+
+def _together(forms: Forms, answers: Sequence[tuple[Candidate, Estimate | UsageError]], device: DeviceFacts) -> Found:
+    """The estimates of the candidates, from those of their forms; without those of which one cannot be estimated."""
+    found = [(form, answer) for form, answer in answers if isinstance(answer, Estimate)]
     card = card_of(device.name, device.total_bytes) if device.type == "cuda" else None
-    return found if card is None else with_link(found, card)
+    known = dict(found if card is None else with_link(found, card))
+    return [(c, combined(some, known)) for c, some in forms.items() if all(form in known for form in some)]

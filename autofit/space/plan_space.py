@@ -79,9 +79,9 @@ def frontier_space(chosen: Candidate, limits: Limits, order: tuple[str, ...], lo
     Args:
         longest: tokens; no length goes beyond it.
     """
-    wish = chosen.replace(checkpointed_layers=0, tokens_per_micro_batch=None)
+    wish = chosen.replace(checkpointed_layers=0, tokens_per_micro_batch=None, pace_length=None)
     if "checkpointed_layers" in limits.pins:
-        wish = chosen.replace(tokens_per_micro_batch=None)
+        wish = chosen.replace(tokens_per_micro_batch=None, pace_length=None)
     layers = _values("checkpointed_layers", wish, limits, order)
     lengths = {chosen.max_seq_length}
     length = _SHORTEST_OF_FRONTIER

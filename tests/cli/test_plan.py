@@ -107,6 +107,18 @@ def test_data_says_how_long_sequences_are(plan, tiny_model, tmp_path):
     assert "assumed" not in out
 
 
+def test_a_few_long_sequences_are_planned_alone(plan, tiny_model, tmp_path):
+    lengths = [60] * 200 + [400]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths))
+    arguments = ("--model", tiny_model, "--data", "rows.jsonl", "--gpu-mem", "t4", *SMALL)
+    code, out, err = plan(*arguments, "--json")
+    assert (code, err) == (0, "")
+    best = json.loads(out)["best"]["candidate"]
+    assert (best["micro_batch_size"], best["pace_length"], best["max_seq_length"]) == (2, 64, 401)
+    code, out, _ = plan(*arguments)
+    assert "2 × 64 tokens, up to 401 alone" in out
+
+
 def test_nothing_fits_is_exit_3_with_the_nearest_miss_and_a_card(plan, tiny_model):
     code, out, err = plan("--model", tiny_model, "--gpu-mem", "1200MB", *SMALL, "--pin", "quantization_bits=16")
     assert code == 3

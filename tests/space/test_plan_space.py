@@ -118,3 +118,8 @@ def test_a_request_survives_json(space, longest, own_dtype):
         own_dtype=own_dtype,
     )
     assert PlanRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
+
+
+def test_the_frontier_knows_no_pace():
+    paced = WISH.replace(pace_length=WISH.max_seq_length // 4)
+    assert frontier_space(paced, LIMITS, DEFAULT_ORDER, 8192) == frontier_space(WISH, LIMITS, DEFAULT_ORDER, 8192)
