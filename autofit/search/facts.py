@@ -49,6 +49,7 @@ def takes_as_long(slow: Candidate, quick: Candidate) -> bool:
         and slow.lora_rank >= quick.lora_rank
         and slow.checkpointed_layers >= quick.checkpointed_layers
         and OFFLOADING.index(slow.offload_activations) >= OFFLOADING.index(quick.offload_activations)
+        and slow.has_long_rows >= quick.has_long_rows
     )
 
 

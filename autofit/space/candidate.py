@@ -121,7 +121,8 @@ class Candidate:
 
     def usual(self) -> Candidate:
         """What runs for all sequences but those; the same candidate where there are none."""
-        return self.replace(max_seq_length=min(self._usual_length, self.token_budget), pace_length=None)
+        length = min(self._usual_length, self.token_budget)
+        return replace(self, max_seq_length=length, pace_length=None, tokens_per_micro_batch=self._asked_tokens)
 
     def alone(self, layers: int, offloads: bool) -> Candidate:
         """What runs for the longest of those, in a model with so many layers that can be checkpointed.

@@ -52,7 +52,7 @@ def note_trained(workspace: Workspace, trained: Candidate) -> None:
 def goes_on_with(folder: Path, chosen: Candidate) -> Candidate:
     """What the run in a folder had come to train instead, where the same was chosen then; else what is chosen now."""
     plan = _plan(folder)
-    if plan is None or "trained" not in plan or plan["chosen"] != chosen.to_json():
+    if plan is None or "trained" not in plan or Candidate.from_json(plan["chosen"]) != chosen:
         return chosen
     return Candidate.from_json(plan["trained"])
 

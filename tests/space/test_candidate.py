@@ -96,3 +96,10 @@ def test_the_usual_micro_batch_holds_what_the_whole_candidate_s_does(rows, longe
     assert usual.token_budget == whole.token_budget
     assert usual.usual() == usual
     assert whole.has_long_rows or usual.max_seq_length in (pace, longest)
+
+
+def test_the_usual_form_keeps_a_budget_beyond_its_rows():
+    wide = Candidate(
+        micro_batch_size=1, max_seq_length=256, pace_length=64, tokens_per_micro_batch=256, layout="packed"
+    )
+    assert wide.usual().token_budget == wide.token_budget == 256

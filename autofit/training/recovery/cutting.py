@@ -48,18 +48,35 @@ def cut(batches: Sequence[Any], most_tokens: int | None, kind: LossKind, shifted
     times = len(batches) if pool is not None and kind is LossKind.ROW_MEAN else 1
     pieces: list[Piece] = []
     for batch in batches if pool is None else [pool]:
-        if most_tokens is None or kind is LossKind.WHOLE or not can_be_cut(batch):
+        if most_tokens is None or not is_cuttable(batch, kind):
             pieces.append(Piece(batch))
             continue
         groups = [sorted(group) for group in cut_rows(row_lengths(batch), most_tokens)]
         parts = [batch] if len(groups) == 1 else [take(batch, group) for group in groups]
-        pieces += [Piece(part, times * weight_of(part, batch, kind, shifted)) for part in parts]
+        weighted = [Piece(part, times * weight_of(part, batch, kind, shifted)) for part in parts]
+        # The mean of nothing is no number, whatever it is multiplied by.
+        pieces += [piece for piece in weighted if piece.weight] or weighted
     return pieces
+
+
+def is_cuttable(batch: Any, kind: LossKind) -> bool:
+    """Whether a batch can be cut where its loss is of this kind; not where a mean over rows leaves one out."""
+    if kind is LossKind.WHOLE or not can_be_cut(batch):
+        return False
+    return kind is not LossKind.ROW_MEAN or not _leaves_rows_out(batch)
+
+
+def _leaves_rows_out(batch: Any) -> bool:
+    labels = batch.get("labels")
+    if not torch.is_tensor(labels) or labels.is_floating_point() or labels.dim() == 0:
+        return False
+    return bool((labels == IGNORED).reshape(len(labels), -1).all(dim=1).any())
 
 
 def _is_one_pool(batches: Sequence[Any], kind: LossKind) -> bool:
     """Whether there are several, and a row's weight is the same in whichever of them it is."""
     alike = kind is LossKind.ROW_MEAN and len({count_rows(batch) for batch in batches}) == 1
+    alike = alike and all(is_cuttable(batch, kind) or count_rows(batch) == 1 for batch in batches)
     return len(batches) > 1 and (alike or kind is LossKind.SUM)
 
 
@@ -74,7 +91,7 @@ def weight_of(part: Any, batch: Any, kind: LossKind, shifted: bool) -> float:
 
 def finer(piece: Piece, kind: LossKind) -> int | None:
     """How many tokens a piece that does not fit may have next; None where it is one row, or cannot be cut."""
-    return None if kind is LossKind.WHOLE or not can_be_cut(piece.batch) else piece.tokens // 2
+    return piece.tokens // 2 if is_cuttable(piece.batch, kind) else None
 
 
 def measure_kind(batch: Any, loss_of: Callable[[Any], float], shifted: bool, tolerance: float) -> LossKind:

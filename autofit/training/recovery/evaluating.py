@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autofit.errors import OutOfBudget
-from autofit.training.recovery.cutting import LossKind, measure_kind, weight_of
+from autofit.training.recovery.cutting import LossKind, is_cuttable, measure_kind, weight_of
 from autofit.training.recovery.faults import Record, Watch, free_memory, retried
 from autofit.training.recovery.figures import agree_with_figures, local_figures
 from autofit.training.recovery.ranks import Ranks
@@ -78,10 +78,13 @@ class RecoveringEvaluation:
                 inputs, lambda rows: float(stock(model, rows, True)[0]), self._shifted, tolerance
             )
             before.restore()
-        if self._eval_kind is LossKind.WHOLE:
+        if not is_cuttable(inputs, self._eval_kind):
             raise OutOfBudget("evaluation does not fit and cannot be cut: its loss takes all rows of a batch together")
         weights = [weight_of(part, inputs, self._eval_kind, self._shifted) for part in parts]
-        return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+        weighted = [(weight, loss) for weight, loss in zip(weights, losses, strict=True)]
+        # The mean of nothing is no number, whatever it is multiplied by.
+        counted = [one for one in weighted if one[0]] or weighted
+        return torch.stack([weight * loss for weight, loss in counted]).sum()
 
     @property
     def _shifted(self) -> bool:

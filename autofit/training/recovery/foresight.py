@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import SFTTrainer
 
 from autofit.errors import UsageError
@@ -67,21 +69,25 @@ class Foresight:
         """In a line; None where nothing moves."""
         over = f"{format_bytes(self.usable_bytes)} usable"
         if self.needed_bytes > self.usable_bytes:
+            how = f", {', '.join(self._moves())}" if self.way != self.asked else ""
             return (
-                f"estimated to need {format_bytes(self.needed_bytes)} at least, of {over}: it may run out of memory; "
-                "shorten the longest sequences or give more"
+                f"estimated to need {format_bytes(self.needed_bytes)} at least{how}, of {over}: it may run out of "
+                "memory; shorten the longest sequences or give more"
             )
         if self.way == self.asked:
             return None
+        return (
+            f"{self.asked.rows} rows of {self.asked.candidate.max_seq_length:,} tokens would need "
+            f"{format_bytes(self.asked_bytes)}, of {over}; runs {', '.join(self._moves())}, estimated to need "
+            f"{format_bytes(self.needed_bytes)} (same result)"
+        )
+
+    def _moves(self) -> list[str]:
         moves = [f"{self.way.rows} at a time"] if self.way.rows != self.asked.rows else []
         moves += ["all layers recomputed"] if self.way.how is not Thrift.NONE else []
         moves += ["from what is kept on the host"] if self.way.how is Thrift.OFFLOAD else []
         moves += ["optimizer states paged"] if self.way.candidate.optimizer != self.asked.candidate.optimizer else []
-        return (
-            f"{self.asked.rows} rows of {self.asked.candidate.max_seq_length:,} tokens would need "
-            f"{format_bytes(self.asked_bytes)}, of {over}; runs {', '.join(moves)}, estimated to need "
-            f"{format_bytes(self.needed_bytes)} (same result)"
-        )
+        return moves
 
 
 def foresee(trainer: Any, device: DeviceFacts, usable_bytes: int) -> Foresight | None:
@@ -94,7 +100,8 @@ def foresee(trainer: Any, device: DeviceFacts, usable_bytes: int) -> Foresight |
         asked = _asked(trainer)
     except UsageError:
         return None
-    ways = list(dict.fromkeys(_ways(asked, len(checkpointable_layers(model.get_base_model())), device)))
+    layers = len(checkpointable_layers(model.get_base_model()))
+    ways = list(dict.fromkeys(_ways(asked, layers, device, _may_page(trainer))))
     predictions = _predicted(model, [way.candidate for way in ways], device)
     held = weight_bytes(model)
     found = {way: p for way, p in zip(ways, predictions, strict=True) if isinstance(p, Prediction)}
@@ -118,10 +125,15 @@ def _asked(trainer: Any) -> Way:
         UsageError: it is none that can be estimated.
     """
     model, args = trainer.model, trainer.args
-    if not hasattr(model, "get_base_model") or len(model.peft_config) != 1:
-        raise UsageError("no adapter on a base model")
-    (lora,) = model.peft_config.values()
+    configs = list((getattr(model, "peft_config", None) or {}).values())
+    if len(configs) != 1 or not isinstance(configs[0], LoraConfig) or configs[0].use_dora:
+        raise UsageError("not one LoRA adapter on a base model")
+    (lora,) = configs
     base = model.get_base_model()
+    if type(base).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UsageError(f"{type(base).__name__} is no causal language model")
+    if any(p.requires_grad and "lora_" not in name for name, p in model.named_parameters()):
+        raise UsageError("more than the adapter is trained")
     rows = args.per_device_train_batch_size
     values = settings_of(args, lora, longest_of(trainer.train_dataset, args))
     bits = 4 if getattr(base, "is_loaded_in_4bit", False) else 8 if getattr(base, "is_loaded_in_8bit", False) else 16
@@ -163,7 +175,13 @@ def _offloaded(args: Any) -> str:
     return "checkpoints" if (args.activation_checkpointing_kwargs or {}).get("offload", False) else "none"
 
 
-def _ways(asked: Way, layers: int, device: DeviceFacts) -> Iterator[Way]:
+def _may_page(trainer: Any) -> bool:
+    """Whether the optimizer is the trainer's to make, and of one process: ranks with different ones drift apart."""
+    own = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None
+    return own and trainer.args.world_size == 1
+
+
+def _ways(asked: Way, layers: int, device: DeviceFacts, may_page: bool) -> Iterator[Way]:
     """The trainer's own and all leaner ones."""
     plain = asked.candidate
     forms = [(Thrift.NONE, plain)]
@@ -171,7 +189,7 @@ def _ways(asked: Way, layers: int, device: DeviceFacts) -> Iterator[Way]:
         forms.append((Thrift.RECOMPUTE, plain.replace(checkpointed_layers=layers, offload_activations="none")))
     if device.type == "cuda" and plain.offload_activations != "all":
         forms.append((Thrift.OFFLOAD, plain.replace(checkpointed_layers=layers, offload_activations="checkpoints")))
-        paged = _PAGED.get(plain.optimizer)
+        paged = _PAGED.get(plain.optimizer) if may_page else None
         forms += [(how, form.replace(optimizer=paged)) for how, form in forms[-1:] if paged is not None]
     rows = asked.rows
     while rows:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from autofit.errors import UsageError
 from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.clipping import ClipsWhole
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
@@ -31,6 +32,11 @@ from autofit.training.recovery.undo import Snapshot
 
 logger = logging.get_logger(__name__)
 
+_OWN_STEP = (
+    "{} does not cover a training_step of your own that skips micro-batches, runs one twice or gives others on: with "
+    "gradient_accumulation_steps they run together; take 1, do that in compute_loss, or take the stock class"
+)
+
 
 @dataclass
 class _Window:
@@ -38,6 +44,11 @@ class _Window:
 
     batches: list[Any]
     seen: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether some have been handed over, and wait for the others."""
+        return 0 < self.seen < len(self.batches)
 
 
 class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSignals, WholeCheckpoints):
@@ -74,13 +85,17 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
     def _look_ahead(self, cap: Cap) -> None:
         """Has the first step run in the fastest way that is estimated to fit."""
         trainer: Any = self
-        found = foresee(trainer, cap.device, cap.usable_bytes)
+        try:
+            found = foresee(trainer, cap.device, cap.usable_bytes)
+        except Exception as error:  # of data and adapters there are more kinds than are known here
+            logger.warning("gpu_mem: the first step could not be estimated: %s: %s", type(error).__name__, error)
+            return
         said = None if found is None else found.said()
         if found is None or said is None:
             return
         way = found.way
         self._plan(way.tokens if way.rows < found.asked.rows else None, way.how)
-        if trainer.optimizer is None and way.candidate.optimizer != found.asked.candidate.optimizer:
+        if way.candidate.optimizer != found.asked.candidate.optimizer:
             trainer.args.optim = OptimizerNames(way.candidate.optimizer)
         self.recovery.add("foreseen", needed_bytes=found.needed_bytes, said=said)
         logger.warning("gpu_mem: %s", said)
@@ -134,8 +149,11 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
 
         Raises:
             OutOfBudget: it does not fit in any way that leaves the result as it is; or not on another rank.
+            UsageError: a script's own `training_step` does something else in the midst of an optimizer step.
         """
         window = self._window
+        if window is not None and window.is_open and window.batches[window.seen] is not inputs:
+            raise UsageError(_OWN_STEP.format(type(self).__name__))
         if window is None or window.seen >= len(window.batches) or window.batches[window.seen] is not inputs:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         window.seen += 1
@@ -148,6 +166,11 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
 
         count = len(window.batches)
         return self._sum(run(model) if self._ranks is None else run_together(self, model, run, count))
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._window is not None and self._window.is_open:  # and never will be done: nothing is saved of that
+            raise UsageError(_OWN_STEP.format(type(self).__name__))
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # One optimizer step's gradients
 
@@ -249,5 +272,6 @@ class _Cut:
         if self.trainer._kind is LossKind.WHOLE:
             return "the loss takes all rows of a micro-batch together, so it cannot be cut"
         if count_rows(failed.batch) > 1:
-            return f"{failed.tokens} tokens are too many and cannot be cut: its loss could not be measured"
+            found = "could not be measured" if self.trainer._kind is None else "leaves out rows without a label"
+            return f"{failed.tokens} tokens are too many and cannot be cut: its loss {found}"
         return f"a single row of {failed.tokens} tokens is too much"

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from autofit.memory.device import cpu_facts
@@ -87,6 +87,7 @@ def test_where_nothing_is_estimated_to_fit_that_is_said_beforehand(adapted):
     hopeless = adapted(AutoFitTrainer, gpu_mem=f"{int(held * 1.2)}B")
     (event,) = hopeless.recovery.events
     assert event["event"] == "foreseen"
+    assert " at least, 1 at a time, all layers recomputed, of " in event["said"]
     assert "it may run out of memory; shorten the longest sequences or give more" in event["said"]
     assert hopeless._planned_frugal.how is Thrift.RECOMPUTE
 
@@ -107,3 +108,32 @@ def test_a_model_that_cannot_be_estimated_is_only_held_to_its_budget(tiny_model,
     made = adapted(AutoFitTrainer, base, gpu_mem="1GB")
     assert made.recovery.events == []
     assert foresight.foresee(made, cpu_facts(), 10**9) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (AutoModelForCausalLM, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+        (AutoModelForCausalLM, IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])),
+        (AutoModelForCausalLM, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+        (AutoModelForSequenceClassification, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])),
+    ],
+    ids=["prompt", "ia3", "saved head", "classifier"],
+)
+def test_what_would_be_estimated_as_another_goes_without(tiny_model, adapted, kind, settings):
+    model = get_peft_model(kind.from_pretrained(tiny_model, dtype=torch.float32), settings)
+    assert foresight.foresee(adapted(AutoFitTrainer, model), cpu_facts(), 10**6) is None
+
+
+def test_an_estimate_that_fails_keeps_no_trainer_from_being_made(adapted):
+    assert adapted(AutoFitTrainer, rows=Dataset.from_dict({"input_ids": []}), gpu_mem="1GB").recovery.events == []
+
+
+def test_only_the_trainer_s_own_optimizer_of_one_process_is_paged(adapted, monkeypatch):
+    made = adapted(AutoFitTrainer)
+    assert foresight._may_page(made)
+    with monkeypatch.context() as several:
+        several.setattr(TrainingArguments, "world_size", 2)
+        assert not foresight._may_page(made)
+    made.create_optimizer()
+    assert not foresight._may_page(made)

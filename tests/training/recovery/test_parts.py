@@ -175,6 +175,25 @@ def test_what_does_not_fit_is_halved_until_it_is_one_row():
     assert piece.batch["input_ids"].shape == (1, 30)
 
 
+def test_a_part_without_a_trained_token_is_left_away():
+    batch = pad(examples()[:4])
+    batch["labels"][1] = -100
+    pieces = cut([batch], 1, LossKind.ITEM_MEAN, shifted=True)
+    assert len(pieces) == 3
+    assert sum(piece.weight for piece in pieces) == pytest.approx(1)
+    batch["labels"][:] = -100
+    assert len(cut([batch], 1, LossKind.ITEM_MEAN, shifted=True)) == 4
+
+
+def test_a_mean_over_rows_that_leaves_one_out_is_not_cut():
+    batches = [{**pad(examples()[:4]), "labels": torch.arange(4)} for _ in range(2)]
+    assert len(cut(batches, 1, LossKind.ROW_MEAN, shifted=True)) == 8
+    batches[1]["labels"][2] = -100
+    pieces = cut(batches, 1, LossKind.ROW_MEAN, shifted=True)
+    assert [piece.weight for piece in pieces] == [0.25] * 4 + [1]
+    assert finer(pieces[-1], LossKind.ROW_MEAN) is None
+
+
 def test_equal_rows_are_made_unequal_to_tell_the_kinds_apart():
     batch = pad([{"input_ids": list(range(1, 11))}, {"input_ids": list(range(20, 30))}])
 
@@ -343,6 +362,24 @@ def test_the_loss_of_evaluation_is_put_together_as_what_it_is(made):
     ours._eval_rows = 2
     with pytest.raises(OutOfBudget, match="takes all rows of a batch together"):
         ours.evaluate(examples()[:6])
+
+
+def test_evaluation_leaves_out_parts_without_a_trained_token(made):
+    def one_untrained(rows):
+        batch = pad(rows)
+        longest = batch["attention_mask"].sum(1).argmax()
+        batch["labels"][longest] = -100
+        return batch
+
+    def mean(outputs, labels, num_items_in_batch=None):
+        kept = labels[:, 1:].reshape(-1)
+        return nn.functional.cross_entropy(outputs.logits[:, :-1].reshape(len(kept), -1), kept)
+
+    given = {"eval_dataset": examples(), "data_collator": one_untrained, "compute_loss_func": mean}
+    ours = made(AutoFitTrainer, **given)
+    ours._eval_rows = 1
+    expected = made(Trainer, **given).evaluate()["eval_loss"]
+    assert ours.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_patched_by_unsloth_is_refused(made, monkeypatch):

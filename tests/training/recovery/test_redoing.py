@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
 from transformers import LlamaForCausalLM, Trainer
 
 from autofit.errors import OutOfBudget
@@ -155,3 +157,27 @@ class GoneFrom:
         if self.trainer.state.global_step >= self.step:
             self.seen = True
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_re_entrant_function_left_behind_takes_no_gradients_away(two_layers):
+    ids = torch.arange(24).view(2, 12)
+    base = prepare_model_for_kbit_training(two_layers, gradient_checkpointing_kwargs={"use_reentrant": True})
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"]))
+    base.activation_checkpointing_disable()  # as it also takes back that inputs require gradients
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with recomputing(model):
+        assert same(gradients(), expected)
+
+
+def test_layers_with_batch_norm_are_not_run_twice(two_layers):
+    two_layers.model.layers[0].norm_of_batches = nn.BatchNorm1d(4)
+    with recomputing(two_layers):
+        assert [layer.gradient_checkpointing for layer in two_layers.model.layers] == [False, True]
+    two_layers.model.layers[1].norm_of_batches = nn.BatchNorm1d(4)
+    assert not keeps_some(two_layers)

@@ -323,3 +323,35 @@ class _StopAfter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= self.steps
+
+
+class Copies:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().training_step(model, inputs if self.calls % 2 else {**inputs}, num_items_in_batch)
+
+
+class Skips:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls % 2 == 0:
+            return torch.zeros(())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class Twice:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        super().training_step(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("own", [Copies, Skips, Twice])
+def test_a_step_of_one_s_own_loses_no_micro_batch_silently(made, own):
+    ours, stock = type("Ours", (own, AutoFitTrainer), {}), type("Stock", (own, Trainer), {})
+    with pytest.raises(UsageError, match="a training_step of your own"):
+        made(ours).train()
+    if own is Twice:  # alone it is as the stock class has it
+        trainers = [made(cls, gradient_accumulation_steps=1) for cls in (ours, stock)]
+        for trainer in trainers:
+            trainer.train()
+        assert same(*map(weights, trainers))
