@@ -148,11 +148,12 @@ class _Bench:
             "source": {"model": model, "random_weights": True},
             "device": self.device.to_json(),
             "calibration": None,
+            "checkpointable_layers": 0,  # none of these candidates has long sequences apart
         }
         (estimate,) = self._ask(ENTRY, request)["estimates"]
         if "error" in estimate:
             raise AutofitError(f"model {model}: no estimate: {estimate['error']}")
-        return Figures(**{name: value for name, value in estimate.items() if name != "bracket"})
+        return Figures(**{name: value for name, value in estimate.items() if name not in ("bracket", "model_bytes")})
 
     def _present_device(self) -> DeviceFacts:
         from autofit.space.facts import DeviceFacts

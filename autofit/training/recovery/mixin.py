@@ -233,6 +233,11 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
         try:
             with Watch():
                 kind = measure_kind(batch, loss_of, self._shifted, self._tolerance(model))
+        except (
+            Exception
+        ) as error:  # a loss of pairs, say, that refuses a single row; the step itself raises what is wrong
+            logger.warning("the loss cannot be taken apart: %s", error)
+            kind = LossKind.WHOLE
         finally:
             model.train(training)
         before.restore()

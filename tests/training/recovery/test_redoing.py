@@ -14,6 +14,7 @@ from autofit.errors import OutOfBudget
 from autofit.step import recomputing as recomputing_module
 from autofit.step.recomputing import keeps_some, recomputing
 from autofit.training.recovery import redoing
+from autofit.training.recovery.cutting import LossKind
 from autofit.training.recovery.trainers import AutoFitTrainer
 from tests.training.recovery.conftest import examples, farthest, same, weights
 
@@ -181,3 +182,19 @@ def test_layers_with_batch_norm_are_not_run_twice(two_layers):
         assert [layer.gradient_checkpointing for layer in two_layers.model.layers] == [False, True]
     two_layers.model.layers[1].norm_of_batches = nn.BatchNorm1d(4)
     assert not keeps_some(two_layers)
+
+
+def needs_pairs(outputs, labels, num_items_in_batch=None):
+    if len(labels) < 2:
+        raise ValueError("needs pairs")
+    states = outputs.logits.float().mean(1)
+    return (states @ states.T).logsumexp(1).mean()
+
+
+def test_a_loss_that_refuses_single_rows_is_not_cut_where_that_was_planned(made):
+    stock, ours = (made(cls, compute_loss_func=needs_pairs) for cls in (Trainer, AutoFitTrainer))
+    ours._plan(60, redoing.Thrift.NONE)
+    stock.train()
+    ours.train()
+    assert same(weights(stock), weights(ours))
+    assert ours._kind is LossKind.WHOLE
