@@ -139,6 +139,11 @@ class RunRecord(TrainerCallback):
             self.meter.measure_context()
             self.measured = True
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.report("eval")  # a sign of life; the step's phase comes again with the figures
+
     def on_log(
         self,
         args: TrainingArguments,

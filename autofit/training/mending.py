@@ -32,6 +32,7 @@ class How(StrEnum):
     MEMORY = "out of memory"
     HOST_MEMORY = "out of host memory"
     CRASH = "crashed"
+    HANG = "hung"
     FINAL = "final"
 
 
@@ -48,6 +49,8 @@ def judge_death(name: str, outcome: Outcome) -> Death:
     own = own_error(outcome)
     if own is not None:
         return Death(How.MEMORY if isinstance(own, OutOfBudget) else How.FINAL, own)
+    if outcome.timed_out:
+        return Death(How.HANG, AutofitError(f"{name}: nothing happened for {outcome.seconds:.0f} s in {outcome.phase}"))
     status, message = classify(outcome)
     text = f"{name}: {status.value} in {outcome.phase}: {message}"
     if status is TrialStatus.OOM:
@@ -77,13 +80,13 @@ class Patience:
     def lasts(self, how: How, step: int) -> bool:
         """Takes in a death after so many steps; whether there is to be another process.
 
-        A crash has no remedy but another try, so a second one needs to have come further.
+        A crash and a hang have no remedy but another try, so a second one needs to have come further.
         """
         self.standstill = 0 if step > self._reached else self.standstill + 1
         self._reached = max(step, self._reached)
         if how is How.FINAL or self.standstill > MOST_WITHOUT_PROGRESS:
             return False
-        if how is How.CRASH:
+        if how in (How.CRASH, How.HANG):
             before, self._crashed_at = self._crashed_at, self._reached
             return self._reached > before
         return True
@@ -101,17 +104,17 @@ def next_candidate(
 ) -> Candidate | None:
     """What the next process trains with; None where nothing is left that should go better.
 
-    After a crash the same. After an out-of-memory the next rung of the user's order that needs less, from where the
-    candidate is that died; the one that needs least where the last rung down brought no step. What changes the result
-    comes last, where the user allows it, and not at all once a step was done: a run has one length, rank and bits. Nor
-    does the optimizer change then, where the next kind could not load its states.
+    After a crash or a hang the same. After an out-of-memory the next rung of the user's order that needs less, from
+    where the candidate is that died; the one that needs least where the last rung down brought no step. What changes
+    the result comes last, where the user allows it, and not at all once a step was done: a run has one length, rank
+    and bits. Nor does the optimizer change then, where the next kind could not load its states.
 
     Args:
         standstill: the process got no further than the one before it.
         steps_done: any process of the run has completed a step.
         facts: the search's trials.
     """
-    if how is How.CRASH:
+    if how in (How.CRASH, How.HANG):
         return died
     movable = [name for name in space.order if _is_movable(RUNGS[name], died, space.limits, how, steps_done)]
     for knobs in (LOSSLESS, LOSSY):

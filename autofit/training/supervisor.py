@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,11 @@ from autofit.training.resume import (
     last_step,
     write_plan,
 )
+from autofit.training.watching import Watched, run_job
 from autofit.training.workspace import Staging, Workspace, choose_folder, environment
-from autofit.trial.environment import child_environment
-from autofit.trial.job import Job, Outcome
 from autofit.trial.result import TrialStatus
 from autofit.trial.sandbox import Sandbox
 
-# An interrupted training ends its step and saves; a second Ctrl-C ends it at once.
-_GRACE_SECONDS = 300.0
 PRELOAD = ("autofit.trial.child", "autofit.memory.forecast", "autofit.training.prepare", "autofit.training.child")
 
 
@@ -234,7 +230,6 @@ class Run:
             output_dir=str(self.workspace.folder),
         )
         result = self._restarting(prepared, report, request).run(request.candidate)
-        self._progress()
         self.workspace.event("training_end", **result)
         return result
 
@@ -243,27 +238,14 @@ class Run:
         facts = Facts(budget.usable_bytes)
         for trial in report.trials:
             facts.add(trial)
-        entry = "autofit.training.child:run_training"
-
-        def start(candidate: Candidate) -> Outcome:
-            asked = replace(request, candidate=candidate).to_json()
-            return self._outcome(entry, asked, self.workspace, "train", self._progress)
-
         return Restarting(
             space=space,
             facts=facts,
             forecaster=self._fitting(prepared, budget).forecaster(self.narrator.warn),
             workspace=self.workspace,
             narrator=self.narrator,
-            start=start,
+            start=Watched(self.sandbox, self.workspace, self.narrator, request).run,
         )
-
-    def _progress(self) -> None:
-        try:
-            record = json.loads((self.workspace.work / "train" / "phase.json").read_text())
-        except (OSError, ValueError):
-            return  # not written yet
-        self.narrator.training(record)
 
     # ---- jobs ----
 
@@ -273,29 +255,8 @@ class Run:
         Raises:
             AutofitError: the child's own one-line error, or how it ended.
         """
-        outcome = self._outcome("autofit.training.prepare:run_preparation", request, where, "prepare")
+        folder = where.folder / "work" / "prepare"
+        outcome = run_job(self.sandbox, "autofit.training.prepare:run_preparation", request, folder)
         if outcome.result is None:
             raise judge_death("prepare", outcome).error
         return outcome.result
-
-    def _outcome(
-        self,
-        entry: str,
-        request: dict[str, Any],
-        where: Workspace | Staging,
-        name: str,
-        poll: Callable[[], None] | None = None,
-    ) -> Outcome:
-        """Runs a job to its end, whichever that is; one that was told to end raises KeyboardInterrupt."""
-        job = Job(
-            entry=entry,
-            request=request,
-            folder=where.folder / "work" / name,
-            deadline_seconds=None,
-            env=child_environment(),
-            grace_seconds=_GRACE_SECONDS,
-        )
-        outcome = self.sandbox.run(job, poll)
-        if outcome.result is not None and outcome.result.get("interrupted"):
-            raise KeyboardInterrupt
-        return outcome

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +22,11 @@ def strike(how: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "exit":
         os._exit(1)
+    elif how == "hang":
+        while True:  # deaf to SIGTERM, as a kernel that does not end
+            time.sleep(60)
+    elif how == "slow":
+        time.sleep(2)
     elif how == "poison":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     elif how == "budget":

@@ -65,7 +65,7 @@ def raised(error):
         (raised(KeyboardInterrupt()), How.FINAL, AutofitError),
         (Outcome(signal=signal.SIGTERM), How.FINAL, AutofitError),
         (Outcome(signal=9, interrupted=True), How.FINAL, AutofitError),
-        (Outcome(timed_out=True), How.FINAL, AutofitError),
+        (Outcome(timed_out=True), How.HANG, AutofitError),
     ],
 )
 def test_how_a_process_died(outcome, how, kind):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from autofit.config import RunConfig
 from autofit.errors import AutofitError, OutOfBudget, UsageError
 from autofit.report.words import mended_words
+from autofit.training import stalling, watching
 from autofit.training.mending import MOST_WITHOUT_PROGRESS
 from autofit.training.supervisor import PRELOAD, execute
 from autofit.trial.sandbox import Sandbox
@@ -119,6 +120,34 @@ def test_a_process_that_dies_is_replaced_without_a_trace_in_the_result(run, undi
     record = {key: event[key] for key in ("how", "step", "from_step", "changed")}
     assert found.summary.training["mended"] == [record]
     assert mended_words(found.summary.training) == ["crashed after step 3, went on from step 2: same result"]
+
+
+def hasty(monkeypatch, *, grace_seconds):
+    """Has a silence told of after 0.4 seconds, and ended after one."""
+    for name, value in {"TOLD_SECONDS": 0.4, "TOLD_TIMES": 0, "ENDED_SECONDS": 1, "ENDED_TIMES": 0}.items():
+        monkeypatch.setattr(stalling, name, value)
+    monkeypatch.setattr(watching, "GRACE_SECONDS", grace_seconds)
+
+
+def test_a_process_that_hangs_is_replaced_without_a_trace_in_the_result(run, undisturbed, monkeypatch):
+    hasty(monkeypatch, grace_seconds=0.5)
+    found = run(("hang", 4, 1))
+    assert found.error is None
+    same(undisturbed, found, 0)
+    (event,) = mended(found)
+    assert (event["how"], event["step"], event["from_step"], event["changed"]) == ("hung", 3, 2, {})
+    told, ended = [event for event in found.events if event["event"] == "training_stalled"][-2:]
+    assert (told["step"], told["phase"], told["ended"], ended["ended"]) == (3, "train", False, True)
+    assert any("in train after step 3; it may hang" in line for line in found.told)
+
+
+def test_a_process_that_is_only_slow_saves_before_it_is_replaced(run, undisturbed, monkeypatch):
+    hasty(monkeypatch, grace_seconds=30)
+    found = run(("slow", 4, 1))
+    assert found.error is None
+    same(undisturbed, found, 0)
+    (event,) = mended(found)
+    assert (event["how"], event["step"], event["from_step"]) == ("hung", 4, 4)
 
 
 def test_before_the_first_step_too_and_again_wherever_it_came_further(run, undisturbed):
