@@ -70,7 +70,7 @@ OTHER = {
 def consequences(config: RunConfig, folder: Path):
     """Everything that a run hands on: to preparation, search, trials and training."""
     space, budget = search_space(config, PREPARED)
-    fitting = Fitting(config=config, prepared=PREPARED, budget=budget, sandbox=None, work=folder)
+    fitting = Fitting(config=config, prepared=PREPARED, budget=budget, sandbox=None, work=folder, warn=print)
     return (
         choose_folder(config.output_dir or str(folder)),
         preparation_request(config, folder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,7 +154,7 @@ class _Bench:
         (estimate,) = self._ask(ENTRY, request)["estimates"]
         if "error" in estimate:
             raise AutofitError(f"model {model}: no estimate: {estimate['error']}")
-        return Figures(**{name: value for name, value in estimate.items() if name not in ("bracket", "model_bytes")})
+        return Figures(**{field.name: estimate[field.name] for field in fields(Figures)})
 
     def _present_device(self) -> DeviceFacts:
         from autofit.space.facts import DeviceFacts

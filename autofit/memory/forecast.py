@@ -16,7 +16,14 @@ from autofit.space.cards import card_of
 from autofit.space.facts import DeviceFacts
 from autofit.space.source import ModelSource
 
-_TOLD = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "tokens_per_second", "bracket")
+_TOLD = (
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "device_bytes",
+    "tokens_per_second",
+    "bracket",
+    "breakdown_bytes",
+)
 
 
 def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
@@ -25,7 +32,7 @@ def run_forecast(request: dict[str, Any], report: Callable[[str], None]) -> dict
     `checkpointable_layers` are the model's.
 
     Returns:
-        {"estimates": [{the peaks, tokens_per_second, bracket, model_bytes}, or {"error"}, one for each candidate]}.
+        {"estimates": [{what of its `Estimate` is told}, or {"error"}, one for each candidate]}.
     """
     report("estimate")
     given = request["calibration"]
@@ -52,5 +59,4 @@ def _told(
     if why:
         return {"error": why[0]}
     most = combined(forms, found)
-    model_bytes = sum(most.breakdown_bytes.get(part, 0) for part in ("weights", "adapters", "buffers"))
-    return {**{name: getattr(most, name) for name in _TOLD}, "model_bytes": model_bytes}
+    return {name: getattr(most, name) for name in _TOLD}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,13 +24,18 @@ class Prediction:
 
     Attributes:
         device_bytes: as the driver will see it; the upper end where values decide that nobody has.
-        model_bytes: of these the parameters and buffers.
         tokens_per_second: None where the device's figures are not known (any CPU).
+        breakdown_bytes: what they are of, see `memory.breakdown.PARTS`; their sum is without what a bracket adds.
     """
 
     device_bytes: int
-    model_bytes: int = 0
     tokens_per_second: float | None = None
+    breakdown_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def model_bytes(self) -> int:
+        """Of parameters and buffers."""
+        return sum(self.breakdown_bytes.get(part, 0) for part in ("weights", "adapters", "buffers"))
 
 
 class Forecaster(Protocol):
@@ -53,6 +58,12 @@ class SandboxForecaster:
     checkpointable_layers: int
     calibration: Mapping[str, Any] | None
     deadline_seconds: float
+    _told: dict[Candidate, Prediction] = field(default_factory=dict, init=False, repr=False)
+
+    def breakdown_bytes(self, candidate: Candidate) -> dict[str, int] | None:
+        """Of what was predicted last; None for a candidate that was not."""
+        told = self._told.get(candidate)
+        return None if told is None else dict(told.breakdown_bytes)
 
     def predict(self, candidates: Sequence[Candidate]) -> list[Prediction | str]:
         """One job for all of them; whatever ends it early is the answer for each."""
@@ -75,7 +86,9 @@ class SandboxForecaster:
             error = own_error(outcome)
             status, message = classify(outcome)
             return [str(error) if error is not None else f"{status.value}: {message}"] * len(candidates)
-        return [prediction_of(estimate) for estimate in outcome.result["estimates"]]
+        answers = [prediction_of(estimate) for estimate in outcome.result["estimates"]]
+        self._told |= {c: a for c, a in zip(candidates, answers, strict=True) if isinstance(a, Prediction)}
+        return answers
 
 
 def prediction_of(estimate: Mapping[str, Any]) -> Prediction | str:
@@ -86,6 +99,6 @@ def prediction_of(estimate: Mapping[str, Any]) -> Prediction | str:
     above = max(0, bracket[1] - estimate["peak_allocated_bytes"]) if bracket else 0
     return Prediction(
         device_bytes=estimate["device_bytes"] + above,
-        model_bytes=estimate.get("model_bytes", 0),
         tokens_per_second=estimate["tokens_per_second"],
+        breakdown_bytes=estimate.get("breakdown_bytes", {}),
     )

@@ -63,6 +63,7 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
         optimizers=(optimizer, None),
         callbacks=[record],
     )
+    trainer.recovery.estimated_bytes = asked.estimated_bytes
     meter.reset_peak()
     steps, done = _run(trainer, record, output_dir)
     peaks = meter.peaks()

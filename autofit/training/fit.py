@@ -128,8 +128,15 @@ def fit(
         space, budget = search_space(config, prepared)
         space = _of_stock(space, step)
         study = TrialStudy(Path(scratch), fingerprint(prepared, budget, trial_timeout))
-        fitting = Fitting(config=config, prepared=prepared, budget=budget, sandbox=sandbox, work=Path(scratch) / "work")
-        outcome = fitting.search(space, study, _on_trial, _log.warning)
+        fitting = Fitting(
+            config=config,
+            prepared=prepared,
+            budget=budget,
+            sandbox=sandbox,
+            work=Path(scratch) / "work",
+            warn=_log.warning,
+        )
+        outcome = fitting.search(space, study, _on_trial)
     if outcome.winner is None:
         raise NothingFits(why_nothing_fits(outcome, space, budget, device))
     chosen = outcome.winner.candidate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from autofit.config import RunConfig
@@ -20,7 +21,8 @@ from autofit.trial.sandbox import Sandbox
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """What a search needs: the question, and where its children run. `work` is the folder of their records.
+    """What a search needs: the question, and where its children run. `work` is the folder of their records; `warn` is
+    told what the user should know.
 
     Weights are random at full size, so that nothing is downloaded before a config fits.
     """
@@ -30,6 +32,7 @@ class Fitting:
     budget: MemoryBudget
     sandbox: Sandbox
     work: Path
+    warn: Callable[[str], None]
 
     def runner(self) -> SandboxRunner:
         """Who runs the trials."""
@@ -44,9 +47,10 @@ class Fitting:
             deadline_seconds=self.config.trial_timeout,
         )
 
-    def forecaster(self, warn: Callable[[str], None]) -> SandboxForecaster:
+    @cached_property
+    def forecaster(self) -> SandboxForecaster:
         """Who estimates, corrected by what `autofit calibrate` found out about the device."""
-        calibration = load_calibration(self.prepared.device, warn)
+        calibration = load_calibration(self.prepared.device, self.warn)
         return SandboxForecaster(
             sandbox=self.sandbox,
             folder=self.work / "forecast",
@@ -57,13 +61,11 @@ class Fitting:
             deadline_seconds=self.config.trial_timeout,
         )
 
-    def search(
-        self, space: SearchSpace, store: TrialStore, on_trial: Observer, warn: Callable[[str], None]
-    ) -> SearchOutcome:
+    def search(self, space: SearchSpace, store: TrialStore, on_trial: Observer) -> SearchOutcome:
         """The search that the config asks for; by trials alone where the model cannot be estimated."""
         if self.config.search == "plan":
             try:
-                return plan_and_probe(space, self.budget, self.forecaster(warn), self.runner(), store, on_trial)
+                return plan_and_probe(space, self.budget, self.forecaster, self.runner(), store, on_trial)
             except NoForecast as error:
-                warn(f"this model cannot be estimated ({error}); searching by trials alone")
+                self.warn(f"this model cannot be estimated ({error}); searching by trials alone")
         return measure(space, self.budget, self.runner(), store, on_trial)

@@ -29,7 +29,10 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequest:
-    """The winner of the search and what it is trained with. `cap_bytes` as in the trial."""
+    """The winner of the search and what it is trained with. `cap_bytes` as in the trial.
+
+    `estimated_bytes`: the breakdown of the candidate's estimate; None where it was not estimated.
+    """
 
     candidate: Candidate
     source: ModelSource
@@ -40,6 +43,7 @@ class TrainingRequest:
     data_dir: str
     tokenizer_dir: str
     output_dir: str
+    estimated_bytes: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; `from_json` is its inverse."""

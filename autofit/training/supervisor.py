@@ -75,8 +75,9 @@ def execute(config: RunConfig, narrator: Narrator, sandbox: Sandbox) -> RunSumma
         # From the moment that the folder is written to, it is this process's alone.
         with contextlib.ExitStack() as held:
             prepared = run.prepare(held)
-            report = run.fit(prepared)
-            training = run.train(prepared, report)
+            fitting = run.fitting(prepared)
+            report = run.fit(fitting)
+            training = run.train(fitting, report)
     except KeyboardInterrupt:
         if workspace.folder.is_dir():
             narrator.say(f"to go on: the same command with --output-dir {workspace.folder}")
@@ -85,7 +86,7 @@ def execute(config: RunConfig, narrator: Narrator, sandbox: Sandbox) -> RunSumma
 
 
 class Run:
-    """One run of a config, step by step: `prepare`, `fit`, `train`."""
+    """One run of a config, step by step: `prepare`, `fitting`, `fit`, `train`."""
 
     def __init__(self, config: RunConfig, narrator: Narrator, workspace: Workspace, sandbox: Sandbox) -> None:
         self.config, self.narrator, self.workspace, self.sandbox = config, narrator, workspace, sandbox
@@ -128,12 +129,25 @@ class Run:
 
     # ---- fit ----
 
-    def fit(self, prepared: Prepared) -> FitReport:
+    def fitting(self, prepared: Prepared) -> Fitting:
+        """What the search needs, and the training once more where a process has died."""
+        _, budget = search_space(self.config, prepared)
+        return Fitting(
+            config=self.config,
+            prepared=prepared,
+            budget=budget,
+            sandbox=self.sandbox,
+            work=self.workspace.work,
+            warn=self.narrator.warn,
+        )
+
+    def fit(self, fitting: Fitting) -> FitReport:
         """Searches for the candidate to train."""
+        prepared = fitting.prepared
         space, budget = search_space(self.config, prepared)
         announce(self.narrator, self.config, prepared, budget, space.wish)
         study = TrialStudy(self.workspace.folder, fingerprint(prepared, budget, self.config.trial_timeout))
-        outcome = self._fitting(prepared, budget).search(space, study, self._on_trial, self.narrator.warn)
+        outcome = fitting.search(space, study, self._on_trial)
         if outcome.winner is None:
             raise self._no_winner(outcome, space, budget, prepared.device)
         trained = goes_on_with(self.workspace.folder, outcome.winner.candidate)
@@ -144,11 +158,6 @@ class Run:
         self.workspace.event("chosen", **outcome.winner.candidate.to_json())
         self.narrator.plan(report)
         return report
-
-    def _fitting(self, prepared: Prepared, budget: MemoryBudget) -> Fitting:
-        return Fitting(
-            config=self.config, prepared=prepared, budget=budget, sandbox=self.sandbox, work=self.workspace.work
-        )
 
     def _on_trial(self, event: TrialEvent) -> None:
         if event.kind != "stored":
@@ -199,9 +208,9 @@ class Run:
 
     # ---- train ----
 
-    def train(self, prepared: Prepared, report: FitReport) -> dict[str, Any]:
+    def train(self, fitting: Fitting, report: FitReport) -> dict[str, Any]:
         """Hands the winner, unchanged, to the training child; what that one dies of is mended where it can be."""
-        winner = report.winner
+        prepared, winner = fitting.prepared, report.winner
         check_resources(
             self.workspace.folder,
             prepared.model,
@@ -229,22 +238,22 @@ class Run:
             tokenizer_dir=str(self.workspace.work / "tokenizer"),
             output_dir=str(self.workspace.folder),
         )
-        result = self._restarting(prepared, report, request).run(request.candidate)
+        result = self._restarting(fitting, report, request).run(request.candidate)
         self.workspace.event("training_end", **result)
         return result
 
-    def _restarting(self, prepared: Prepared, report: FitReport, request: TrainingRequest) -> Restarting:
-        space, budget = search_space(self.config, prepared)
+    def _restarting(self, fitting: Fitting, report: FitReport, request: TrainingRequest) -> Restarting:
+        space, budget = search_space(self.config, fitting.prepared)
         facts = Facts(budget.usable_bytes)
         for trial in report.trials:
             facts.add(trial)
         return Restarting(
             space=space,
             facts=facts,
-            forecaster=self._fitting(prepared, budget).forecaster(self.narrator.warn),
+            forecaster=fitting.forecaster,
             workspace=self.workspace,
             narrator=self.narrator,
-            start=Watched(self.sandbox, self.workspace, self.narrator, request).run,
+            start=Watched(self.sandbox, self.workspace, self.narrator, fitting.forecaster, request).run,
         )
 
     # ---- jobs ----

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autofit.search.forecast import SandboxForecaster
 from autofit.space.candidate import Candidate
 from autofit.training.duration import spoken
 from autofit.training.narrator import Narrator
@@ -51,6 +52,7 @@ class Watched:
     sandbox: Sandbox
     workspace: Workspace
     narrator: Narrator
+    forecaster: SandboxForecaster
     request: TrainingRequest
 
     def run(self, candidate: Candidate) -> Outcome:
@@ -59,7 +61,8 @@ class Watched:
         Raises:
             KeyboardInterrupt: it was told to end.
         """
-        asked = replace(self.request, candidate=candidate).to_json()
+        estimated = self.forecaster.breakdown_bytes(candidate)
+        asked = replace(self.request, candidate=candidate, estimated_bytes=estimated).to_json()
         listener = Listener()
         try:
             outcome = run_job(

@@ -150,6 +150,20 @@ def test_a_process_that_is_only_slow_saves_before_it_is_replaced(run, undisturbe
     assert (event["how"], event["step"], event["from_step"]) == ("hung", 4, 4)
 
 
+def test_an_out_of_memory_is_on_record_beside_what_the_step_was_estimated_to_need(run, undisturbed):
+    found = run(("within", 4, 1))
+    same(undisturbed, found, 0)
+    assert not mended(found)
+    (event,) = (event for event in found.events if event["event"] == "oom")
+    assert (event["phase"], event["step"], event["requested_bytes"]) == ("step", 3, 2048)
+    estimated = event["estimated_bytes"]
+    assert {"weights", "adapters", "gradients", "optimizer", "activations", "logits and loss"} <= estimated.keys()
+    model = sum(estimated.get(part, 0) for part in ("weights", "adapters", "buffers"))
+    assert model == pytest.approx(event["held_bytes"]["weights"], rel=0.01)
+    # The winner's estimate, which a trial confirmed.
+    assert sum(estimated.values()) == pytest.approx(found.summary.report.winner.predicted_bytes, rel=0.01)
+
+
 def test_before_the_first_step_too_and_again_wherever_it_came_further(run, undisturbed):
     found = run(("kill", 1, 1), ("exit", 3, 1), ("kill", 6, 1))
     same(undisturbed, found, 0)

@@ -6,7 +6,7 @@ import gc
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,8 @@ from autofit.trial.record import requested_bytes
 QUIET_STEPS = 100
 # How often what should need no more memory the second time is tried again.
 TIMES = 3
+# What an estimate of a step is about.
+_OF_STEP = ("step", "optimizer", "clipping")
 
 
 class Watch:
@@ -124,7 +126,12 @@ class Record:
 
     Args:
         always: is in every line.
+
+    Attributes:
+        estimated_bytes: the breakdown of what a step was estimated to need; None where it was not estimated.
     """
+
+    estimated_bytes: Mapping[str, int] | None = None
 
     def __init__(self, folder: str | None, **always: Any) -> None:
         self.events: list[dict[str, Any]] = []
@@ -132,7 +139,9 @@ class Record:
         self._file = None if folder is None else Path(folder) / "events.jsonl"
 
     def oom(self, watch: Watch, phase: str, did: str, **about: Any) -> None:
-        """An out-of-memory, and what was done about it."""
+        """An out-of-memory, and what was done about it; one of a step beside what that was estimated to need."""
+        if self.estimated_bytes is not None and phase in _OF_STEP:
+            about["estimated_bytes"] = {part: size for part, size in self.estimated_bytes.items() if size}
         self.add("oom", phase=phase, message=watch.fault, did=did, **watch.about, **about)
 
     def summary(self) -> list[str]:

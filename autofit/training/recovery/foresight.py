@@ -57,10 +57,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Foresight:
-    """What was foreseen: the way to go, what it needs, and what the trainer's own would have needed."""
+    """What was foreseen: the way to go, what it needs and of what, and what the trainer's own would have needed."""
 
     way: Way
     needed_bytes: int
+    estimated_bytes: dict[str, int]
     asked: Way
     asked_bytes: int
     usable_bytes: int
@@ -115,7 +116,9 @@ def foresee(trainer: Any, device: DeviceFacts, usable_bytes: int) -> Foresight |
     preference = lambda way: (way == asked, speeds[way], -way.how, way.rows)  # noqa: E731
     chosen = max(same_states or fitting, key=preference, default=None)
     chosen = chosen or min(needed, key=needed.__getitem__)
-    return Foresight(chosen, needed[chosen], asked, needed[asked], usable_bytes)
+    parts = dict(found[chosen].breakdown_bytes)
+    parts["weights"] += held - found[chosen].model_bytes
+    return Foresight(chosen, needed[chosen], parts, asked, needed[asked], usable_bytes)
 
 
 def _asked(trainer: Any) -> Way:

@@ -90,8 +90,11 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
         except Exception as error:  # of data and adapters there are more kinds than are known here
             logger.warning("gpu_mem: the first step could not be estimated: %s: %s", type(error).__name__, error)
             return
-        said = None if found is None else found.said()
-        if found is None or said is None:
+        if found is None:
+            return
+        self.recovery.estimated_bytes = found.estimated_bytes
+        said = found.said()
+        if said is None:
             return
         way = found.way
         self._plan(way.tokens if way.rows < found.asked.rows else None, way.how)
