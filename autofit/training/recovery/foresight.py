@@ -57,7 +57,10 @@ class Way:
 
 @dataclass(frozen=True)
 class Foresight:
-    """What was foreseen: the way to go, what it needs and of what, and what the trainer's own would have needed."""
+    """What was foreseen: the way to go, what it needs and of what, and what the trainer's own would have needed.
+
+    `paged` is the optimizer with paged states that may take the place of the trainer's own; None where none may.
+    """
 
     way: Way
     needed_bytes: int
@@ -65,6 +68,7 @@ class Foresight:
     asked: Way
     asked_bytes: int
     usable_bytes: int
+    paged: str | None
 
     def said(self) -> str | None:
         """In a line; None where nothing moves."""
@@ -102,7 +106,8 @@ def foresee(trainer: Any, device: DeviceFacts, usable_bytes: int) -> Foresight |
     except UsageError:
         return None
     layers = len(checkpointable_layers(model.get_base_model()))
-    ways = list(dict.fromkeys(_ways(asked, layers, device, _may_page(trainer))))
+    paged = _PAGED.get(asked.candidate.optimizer) if device.type == "cuda" and _may_page(trainer) else None
+    ways = list(dict.fromkeys(_ways(asked, layers, device, paged)))
     predictions = _predicted(model, [way.candidate for way in ways], device)
     held = weight_bytes(model)
     found = {way: p for way, p in zip(ways, predictions, strict=True) if isinstance(p, Prediction)}
@@ -118,7 +123,7 @@ def foresee(trainer: Any, device: DeviceFacts, usable_bytes: int) -> Foresight |
     chosen = chosen or min(needed, key=needed.__getitem__)
     parts = dict(found[chosen].breakdown_bytes)
     parts["weights"] += held - found[chosen].model_bytes
-    return Foresight(chosen, needed[chosen], parts, asked, needed[asked], usable_bytes)
+    return Foresight(chosen, needed[chosen], parts, asked, needed[asked], usable_bytes, paged)
 
 
 def _asked(trainer: Any) -> Way:
@@ -184,7 +189,7 @@ def _may_page(trainer: Any) -> bool:
     return own and trainer.args.world_size == 1
 
 
-def _ways(asked: Way, layers: int, device: DeviceFacts, may_page: bool) -> Iterator[Way]:
+def _ways(asked: Way, layers: int, device: DeviceFacts, paged: str | None) -> Iterator[Way]:
     """The trainer's own and all leaner ones."""
     plain = asked.candidate
     forms = [(Thrift.NONE, plain)]
@@ -192,7 +197,6 @@ def _ways(asked: Way, layers: int, device: DeviceFacts, may_page: bool) -> Itera
         forms.append((Thrift.RECOMPUTE, plain.replace(checkpointed_layers=layers, offload_activations="none")))
     if device.type == "cuda" and plain.offload_activations != "all":
         forms.append((Thrift.OFFLOAD, plain.replace(checkpointed_layers=layers, offload_activations="checkpoints")))
-        paged = _PAGED.get(plain.optimizer) if may_page else None
         forms += [(how, form.replace(optimizer=paged)) for how, form in forms[-1:] if paged is not None]
     rows = asked.rows
     while rows:

@@ -19,7 +19,6 @@ _DECIDING = (
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",
-    "optim",
     "optim_args",
     "optim_target_modules",
     "weight_decay",
@@ -54,9 +53,19 @@ _VALUES = 64
 
 def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     """The data, the arguments and the base that a trainer trains with; JSON. Takes no random number."""
-    found = {"arguments": _arguments(trainer.args), "base": _base(trainer.model), "data": _data(trainer.train_dataset)}
+    optimizer = states_of(getattr(trainer, "_optim", None) or trainer.args.optim)
+    found = {
+        "arguments": {**_arguments(trainer.args), "optim": optimizer},
+        "base": _base(trainer.model),
+        "data": _data(trainer.train_dataset),
+    }
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found, default=lambda value: str(value)))
     return plain
+
+
+def states_of(optim: Any) -> str:
+    """What an optimizer's states are like, by the argument `optim`: paged or not is the same."""
+    return str(getattr(optim, "value", optim)).removeprefix("paged_")
 
 
 def first_difference(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> str | None:
@@ -84,7 +93,6 @@ def samples_done(trainer: Any) -> int:
 
 def _arguments(arguments: Any) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in _DECIDING if hasattr(arguments, name)}
-    found["optim"] = str(getattr(arguments.optim, "value", arguments.optim)).removeprefix("paged_")
     rows = arguments.train_batch_size * arguments.world_size
     found["samples in a step"] = rows * arguments.gradient_accumulation_steps
     if arguments.max_steps <= 0:

@@ -10,19 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from autofit.errors import UsageError
-from autofit.training.recovery.capping import Cap
+from autofit.training.recovery.budgeted import HeldToBudget
 from autofit.training.recovery.clipping import ClipsWhole
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import Record, Watch, retried
-from autofit.training.recovery.foresight import foresee
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.ranks import Ranks
-from autofit.training.recovery.redoing import RedoesSteps
 from autofit.training.recovery.reducing import items_of_all, run_together, share_buffers
 from autofit.training.recovery.refusals import check_arguments, check_trainer
 from autofit.training.recovery.rows import can_be_cut, count_rows
@@ -35,6 +32,10 @@ logger = logging.get_logger(__name__)
 _OWN_STEP = (
     "{} does not cover a training_step of your own that skips micro-batches, runs one twice or gives others on: with "
     "gradient_accumulation_steps they run together; take 1, do that in compute_loss, or take the stock class"
+)
+_UNCOVERED = (
+    "{}: with gradient_accumulation_steps, a training_step of its own that gives on other inputs than it was given runs "
+    "as in the stock class: a step that runs out of memory is not done again; do that in compute_loss"
 )
 
 
@@ -51,7 +52,7 @@ class _Window:
         return 0 < self.seen < len(self.batches)
 
 
-class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSignals, WholeCheckpoints):
+class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnSignals, WholeCheckpoints):
     """Mixed into a trainer class, before it.
 
     The stock loop hands over the micro-batches of an optimizer step one by one. All but the last are answered with
@@ -65,8 +66,6 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
         recovery: what happened; also in `events.jsonl` of the output folder.
     """
 
-    _foresees = True
-
     def __init__(self, *args: Any, gpu_mem: str | None = None, **kwargs: Any) -> None:
         check_arguments(type(self), kwargs)
         super().__init__(*args, **kwargs)
@@ -74,39 +73,16 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
         check_trainer(trainer)
         self._ranks = Ranks(trainer) if trainer.args.world_size > 1 else None
         self.recovery = Record(trainer.args.output_dir, **({} if self._ranks is None else {"rank": self._ranks.rank}))
-        self._cap = None if gpu_mem is None else Cap(gpu_mem, trainer.model, trainer.args.device)
-        if self._cap is not None and self._foresees:
-            self._look_ahead(self._cap)
+        self._hold_to(gpu_mem)
         self._window: _Window | None = None
         self._kind: LossKind | None = None
         if trainer.optimizer is not None:
             all_or_nothing(trainer.optimizer, self.recovery)
 
-    def _look_ahead(self, cap: Cap) -> None:
-        """Has the first step run in the fastest way that is estimated to fit."""
-        trainer: Any = self
-        try:
-            found = foresee(trainer, cap.device, cap.usable_bytes)
-        except Exception as error:  # of data and adapters there are more kinds than are known here
-            logger.warning("gpu_mem: the first step could not be estimated: %s: %s", type(error).__name__, error)
-            return
-        if found is None:
-            return
-        self.recovery.estimated_bytes = found.estimated_bytes
-        said = found.said()
-        if said is None:
-            return
-        way = found.way
-        self._plan(way.tokens if way.rows < found.asked.rows else None, way.how)
-        if way.candidate.optimizer != found.asked.candidate.optimizer:
-            trainer.args.optim = OptimizerNames(way.candidate.optimizer)
-        self.recovery.add("foreseen", needed_bytes=found.needed_bytes, said=said)
-        logger.warning("gpu_mem: %s", said)
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
         together = contextlib.nullcontext() if self._ranks is None else self._ranks.together("training")
-        with together, self._cap.held() if self._cap is not None else contextlib.nullcontext():
+        with together, self._within_budget():
             result = super().train(*args, **kwargs)
         for line in self.recovery.summary():
             logger.warning(line)
@@ -126,7 +102,7 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The stock optimizer, whose step is all or nothing."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*args, **kwargs)
         all_or_nothing(optimizer, self.recovery)
         return optimizer
 
@@ -155,9 +131,13 @@ class RecoveringTrainer(RedoesSteps, RecoveringEvaluation, ClipsWhole, StopsOnSi
             UsageError: a script's own `training_step` does something else in the midst of an optimizer step.
         """
         window = self._window
+        if window is not None and window.seen == 0 and len(window.batches) == 1:
+            window.batches[0] = inputs  # a training_step of one's own may have made others of them
         if window is not None and window.is_open and window.batches[window.seen] is not inputs:
             raise UsageError(_OWN_STEP.format(type(self).__name__))
         if window is None or window.seen >= len(window.batches) or window.batches[window.seen] is not inputs:
+            if window is not None and window.seen == 0:
+                logger.warning_once(_UNCOVERED.format(type(self).__name__))
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         window.seen += 1
         if window.seen < len(window.batches):
@@ -261,6 +241,8 @@ class _Cut:
     def pieces(self, most_tokens: int | None) -> list[Piece]:
         if most_tokens is not None and self.trainer._kind is None:
             self.trainer._kind = self._measured(Snapshot(self.trainer, self.model))
+            if self.trainer._kind is LossKind.WHOLE:
+                logger.warning("the loss takes all rows of a micro-batch together: they run at once, as you asked")
         return cut(self.batches, most_tokens, self.trainer._kind or LossKind.WHOLE, self.trainer._shifted)
 
     def run(self, piece: Piece) -> torch.Tensor:

@@ -77,6 +77,9 @@ class WholeCheckpoints:
             wrong = checkpoints.verify(checkpoint)
             if wrong:
                 raise UsageError(f"checkpoint {checkpoint} is broken: {'; '.join(wrong)}; name another")
+        facts = checkpoints.facts_of(checkpoint)
+        if facts is not None:
+            self._take_states_of(facts["run"].get("arguments", {}).get("optim", ""))
         if not forced:
             self._check_same_run(checkpoint)
         return checkpoint
@@ -93,6 +96,9 @@ class WholeCheckpoints:
         difference = first_difference(facts["run"], self._run_identity()) if facts is not None else None
         if difference is not None:
             raise UsageError(f"checkpoint {checkpoint} is of another run: {difference}; {instead}")
+
+    def _take_states_of(self, optimizer: str) -> None:
+        """For a class that may train with more than one optimizer: that of a checkpoint, see `identity.states_of`."""
 
     def _run_identity(self) -> dict[str, dict[str, Any]]:
         if self._identity is None:

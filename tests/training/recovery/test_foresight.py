@@ -7,14 +7,16 @@ import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
+from autofit.errors import UsageError
 from autofit.memory.device import cpu_facts
 from autofit.memory.ledger import Ledger
 from autofit.training.recovery import foresight, redoing
 from autofit.training.recovery.redoing import Thrift
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
-from tests.training.recovery.conftest import ARGUMENTS, farthest, pad, weights
+from tests.training.recovery.conftest import ARGUMENTS, RUN, farthest, pad, same, weights
 
 LENGTHS = (90, 96, 96, 70, 96, 88, 96, 60)
 ROWS = Dataset.from_list([{"input_ids": [(7 * i + j) % 250 for j in range(n)]} for i, n in enumerate(LENGTHS)])
@@ -137,3 +139,26 @@ def test_only_the_trainer_s_own_optimizer_of_one_process_is_paged(adapted, monke
         assert not foresight._may_page(made)
     made.create_optimizer()
     assert not foresight._may_page(made)
+
+
+def test_a_run_goes_on_with_the_optimizer_whose_states_its_checkpoint_has(made, tmp_path):
+    """Another kind of states stands in for paged ones, which need a GPU: what is foreseen here is another optimizer."""
+    mine, other = OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.RMSPROP
+
+    def trainer(optim, foresees=True, **given):
+        ours = made(AutoFitTrainer, optim=mine, **{**RUN, "max_steps": 4, **given})
+        if foresees:
+            ours._optimizers, ours._optim = (mine, other), optim
+        return ours
+
+    for first, second in ((mine, other), (other, mine)):
+        folder = str(tmp_path / first)
+        whole = trainer(first)
+        whole.train()
+        trainer(first, output_dir=folder).train()
+        again = trainer(second, output_dir=folder)
+        again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+        assert same(weights(again), weights(whole))
+        assert again.args.optim == mine
+    with pytest.raises(UsageError, match="optim was 'rmsprop' and is 'adamw_torch_fused'"):
+        trainer(None, foresees=False, output_dir=folder).train(resume_from_checkpoint=True)

@@ -331,6 +331,11 @@ class Copies:
         return super().training_step(model, inputs if self.calls % 2 else {**inputs}, num_items_in_batch)
 
 
+class CopiesAll:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(model, {**inputs}, num_items_in_batch)
+
+
 class Skips:
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.calls = getattr(self, "calls", 0) + 1
@@ -355,3 +360,19 @@ def test_a_step_of_one_s_own_loses_no_micro_batch_silently(made, own):
         for trainer in trainers:
             trainer.train()
         assert same(*map(weights, trainers))
+
+
+def test_a_step_of_one_s_own_that_makes_other_inputs_is_done_again_where_it_is_whole(made, caplog):
+    ours, stock = type("Ours", (CopiesAll, AutoFitTrainer), {}), type("Stock", (CopiesAll, Trainer), {})
+    undisturbed = made(stock, gradient_accumulation_steps=1)
+    undisturbed.train()
+    counter = FailingAllocations()
+    trained(made(ours, gradient_accumulation_steps=1), counter)
+    again = made(ours, gradient_accumulation_steps=1)
+    trained(again, FailingAllocations({counter.count // 3}))
+    assert same(weights(again), weights(undisturbed))
+    assert len(again.recovery.events) == 1
+    # Of one among several it is not known what became of the others.
+    with pytest.raises(torch.OutOfMemoryError), caplog.at_level("WARNING"):
+        trained(made(ours), FailingAllocations({counter.count // 3}))
+    assert "is not done again; do that in compute_loss" in caplog.text
