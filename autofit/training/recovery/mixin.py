@@ -34,8 +34,8 @@ _OWN_STEP = (
     "gradient_accumulation_steps they run together; take 1, do that in compute_loss, or take the stock class"
 )
 _UNCOVERED = (
-    "{}: with gradient_accumulation_steps, a training_step of its own that gives on other inputs than it was given runs "
-    "as in the stock class: a step that runs out of memory is not done again; do that in compute_loss"
+    "{}: with gradient_accumulation_steps, a training_step of its own that gives on other inputs than it was given "
+    "runs as in the stock class: a step that runs out of memory is not done again; do that in compute_loss"
 )
 
 
