@@ -27,6 +27,8 @@ def strike(how: str) -> None:
             time.sleep(60)
     elif how == "slow":
         time.sleep(2)
+    elif how == "poison" and torch.cuda.is_available():  # the context is no use any more from here on
+        torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")].item()
     elif how == "poison":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     elif how == "budget":
