@@ -64,6 +64,10 @@ def build_model(
     model = add_lora(base, candidate, lora_alpha)
     if candidate.step == "autofit" and candidate.checkpointed_layers:
         _leave_inputs_alone(base)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else evaluating packs 4-bit weights anew, on some CPUs, and their backward can't take those.
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.train()
     return model
 

@@ -114,6 +114,18 @@ def test_at_the_first_forward_inside_train_the_model_is_as_it_was_built(tiny_sou
     assert made.model is made.step.model
 
 
+def test_evaluating_leaves_four_bit_weights_as_they_are(tiny_source, tmp_path):
+    """Some CPUs have bitsandbytes pack them anew, and a backward that takes them for what they were."""
+    found = []
+    for evaluates in (False, True):
+        made, _ = trainer(tiny_source, tmp_path / str(evaluates), CANDIDATE.replace(quantization_bits=4), evaluate=True)
+        if evaluates:
+            made.evaluate()
+        made.train()
+        found.append(adapters(made.model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_the_cut_changes_neither_losses_nor_weights(tiny_source, tmp_path):
     whole, _ = trainer(tiny_source, tmp_path / "whole")
     whole.train()

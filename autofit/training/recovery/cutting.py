@@ -35,7 +35,9 @@ class Piece:
         return count_rows(self.batch) * max(row_lengths(self.batch), default=1)
 
 
-def cut(batches: Sequence[Any], most_tokens: int | None, kind: LossKind, shifted: bool) -> list[Piece]:
+def cut(
+    batches: Sequence[Any], most_tokens: int | None, kind: LossKind, shifted: bool, *, keep_widths: bool = False
+) -> list[Piece]:
     """The batches in pieces of at most so many padded tokens; a single row may have more.
 
     Where that changes no row's weight, the rows of all batches are one pool, sorted by length. Else each batch is cut.
@@ -43,16 +45,20 @@ def cut(batches: Sequence[Any], most_tokens: int | None, kind: LossKind, shifted
     Args:
         most_tokens: None cuts nothing.
         shifted: see `rows.trained_items`.
+        keep_widths: rows stay as wide as their batch is, padding included.
     """
-    pool = together(batches) if most_tokens is not None and _is_one_pool(batches, kind) else None
+    pools = most_tokens is not None and not keep_widths and _is_one_pool(batches, kind)
+    pool = together(batches) if pools else None
     times = len(batches) if pool is not None and kind is LossKind.ROW_MEAN else 1
     pieces: list[Piece] = []
     for batch in batches if pool is None else [pool]:
         if most_tokens is None or not is_cuttable(batch, kind):
             pieces.append(Piece(batch))
             continue
-        groups = [sorted(group) for group in cut_rows(row_lengths(batch), most_tokens)]
-        parts = [batch] if len(groups) == 1 else [take(batch, group) for group in groups]
+        lengths = row_lengths(batch)
+        lengths = [max(lengths)] * len(lengths) if keep_widths else lengths
+        groups = [sorted(group) for group in cut_rows(lengths, most_tokens)]
+        parts = [batch] if len(groups) == 1 else [take(batch, group, trims=not keep_widths) for group in groups]
         weighted = [Piece(part, times * weight_of(part, batch, kind, shifted)) for part in parts]
         # The mean of nothing is no number, whatever it is multiplied by.
         pieces += [piece for piece in weighted if piece.weight] or weighted

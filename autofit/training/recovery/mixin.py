@@ -15,9 +15,10 @@ from transformers.utils import logging
 from autofit.errors import UsageError
 from autofit.training.recovery.budgeted import HeldToBudget
 from autofit.training.recovery.clipping import ClipsWhole
-from autofit.training.recovery.cutting import LossKind, Piece, cut, finer, measure_kind
+from autofit.training.recovery.cutting import LossKind, Piece, cut, finer
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import Record, Watch, retried
+from autofit.training.recovery.measuring import measured_kind
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.reducing import items_of_all, run_together, share_buffers
@@ -202,27 +203,14 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         batch = next((batch for batch in batches if can_be_cut(batch)), None)
         if batch is None:
             return None
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-            return LossKind.WHOLE
-        trainer: Any = self
-
-        def loss_of(rows: Any) -> float:
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                return float(trainer.compute_loss(model, trainer._prepare_inputs(rows), num_items_in_batch=items))
-
         kind: LossKind | None = None
-        training = model.training
-        model.eval()  # no dropout: the comparison is of the loss alone
         try:
             with Watch():
-                kind = measure_kind(batch, loss_of, self._shifted, self._tolerance(model))
-        except (
-            Exception
-        ) as error:  # a loss of pairs, say, that refuses a single row; the step itself raises what is wrong
+                kind = measured_kind(self, model, batch, items, self._shifted, self._tolerance(model))
+        # A loss of pairs, say, that refuses a single row; the step itself raises what is wrong.
+        except Exception as error:
             logger.warning("the loss cannot be taken apart: %s", error)
             kind = LossKind.WHOLE
-        finally:
-            model.train(training)
         before.restore()
         if kind is not None:
             self.recovery.add("loss", kind=kind.value)
@@ -243,7 +231,10 @@ class _Cut:
             self.trainer._kind = self._measured(Snapshot(self.trainer, self.model))
             if self.trainer._kind is LossKind.WHOLE:
                 logger.warning("the loss takes all rows of a micro-batch together: they run at once, as you asked")
-        return cut(self.batches, most_tokens, self.trainer._kind or LossKind.WHOLE, self.trainer._shifted)
+        # NEFTune's noise is the weaker the wider a batch is, padding included.
+        widths = getattr(self.trainer.args, "neftune_noise_alpha", None) is not None
+        kind = self.trainer._kind or LossKind.WHOLE
+        return cut(self.batches, most_tokens, kind, self.trainer._shifted, keep_widths=widths)
 
     def run(self, piece: Piece) -> torch.Tensor:
         loss: torch.Tensor = self.trainer._run_piece(self.model, piece, self.items)

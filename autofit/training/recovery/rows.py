@@ -10,8 +10,6 @@ import torch
 from torch.nn import functional as F
 
 IGNORED = -100
-# Bounds of sequences in a row that would have to be made anew.
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # What a row is filled up with on its right.
 _FILLING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
@@ -31,6 +29,29 @@ def _bounds(batch: Any) -> list[int] | None:
     return [*starts, places.shape[1]] if len(starts) > 1 and starts[0] == 0 else None
 
 
+def _of_bounds(bounds: list[int], batch: Any) -> dict[str, Any]:
+    """What a padding-free batch has beside its tokens for kernels that ask for bounds, of other sequences."""
+    lengths = torch.tensor(bounds).diff()
+    longest = int(lengths.max())
+    found = {
+        "cu_seq_lens_q": torch.tensor(bounds),
+        "cu_seq_lens_k": torch.tensor(bounds),
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None],
+    }
+    return {
+        name: value.to(batch[name]) if torch.is_tensor(value) and torch.is_tensor(batch[name]) else value
+        for name, value in found.items()
+        if name in batch
+    }
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    both = torch.is_tensor(one) and torch.is_tensor(other)
+    return torch.equal(one, other) if both else bool(not _is_many(one) and one == other)
+
+
 def _first_dimension(batch: Any) -> int:
     named = [batch.get(name) for name in ("input_ids", "labels")]
     for value in (*named, *batch.values()):
@@ -42,21 +63,28 @@ def _first_dimension(batch: Any) -> int:
 def can_be_cut(batch: Any) -> bool:
     """Whether every value is a row's, or one for all rows (a flag, a number)."""
     rows = count_rows(batch)
-    if rows < 2 or any(name in batch for name in _PACKED):
+    if rows < 2:
         return False
-    if _bounds(batch) is not None:
-        places = batch["position_ids"].shape
-        return all(value.shape == places if torch.is_tensor(value) else not _is_many(value) for value in batch.values())
+    bounds = _bounds(batch)
+    if bounds is not None:
+        places, made = batch["position_ids"].shape, _of_bounds(bounds, batch)
+        rest = [value for name, value in batch.items() if name not in made]
+        as_made = all(_are_equal(batch[name], value) for name, value in made.items())
+        return as_made and all(v.shape == places if torch.is_tensor(v) else not _is_many(v) for v in rest)
     return all(_is_by_row(value, rows) or not _is_many(value) for value in batch.values())
 
 
-def take(batch: Any, rows: Sequence[int]) -> Any:
-    """These rows of a batch, in this order; right padding that all of them have is left away."""
+def take(batch: Any, rows: Sequence[int], *, trims: bool = True) -> Any:
+    """These rows of a batch, in this order; right padding that all of them have is left away where it `trims`."""
     bounds = _bounds(batch)
     if bounds is not None:
         places = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
-        parts = {k: v[:, places.to(v.device)] if torch.is_tensor(v) else v for k, v in batch.items()}
-        return type(batch)(parts)
+        shape = batch["position_ids"].shape
+        parts = {
+            k: v[:, places.to(v.device)] if torch.is_tensor(v) and v.shape == shape else v for k, v in batch.items()
+        }
+        lengths = [bounds[row + 1] - bounds[row] for row in rows]
+        return type(batch)({**parts, **_of_bounds([0, *itertools.accumulate(lengths)], batch)})
     count = count_rows(batch)
     index = torch.tensor(rows)
     part = {
@@ -69,7 +97,7 @@ def take(batch: Any, rows: Sequence[int]) -> Any:
     }
     lengths = row_lengths(batch)
     width, longest = _width(batch), max(lengths[i] for i in rows)
-    if width is not None and longest < width:
+    if trims and width is not None and longest < width:
         for name, value in part.items():
             if torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == width:
                 part[name] = value[:, :longest].contiguous()

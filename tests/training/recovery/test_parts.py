@@ -159,7 +159,18 @@ def test_sequences_of_a_padding_free_row_are_its_rows():
     part = take(batch, [2, 0])
     assert part["position_ids"].tolist() == [[*range(14), *range(9)]]
     assert part["input_ids"].tolist() == [examples()[2]["input_ids"] + examples()[0]["input_ids"]]
-    assert not can_be_cut({**batch, "cu_seq_lens_q": torch.tensor([0, 9, 39, 53, 75])})
+    # With what TRL adds for kernels; where that does not belong to the places, nothing is known.
+    bounds = torch.tensor([0, 9, 39, 53, 75], dtype=torch.int32)
+    order = torch.repeat_interleave(torch.arange(4, dtype=torch.int32), bounds.diff())[None]
+    whole = {**batch, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 30, "seq_idx": order}
+    assert can_be_cut(whole)
+    part = take(whole, [2, 0])
+    assert part["cu_seq_lens_q"].tolist() == part["cu_seq_lens_k"].tolist() == [0, 14, 23]
+    assert part["cu_seq_lens_q"].dtype is torch.int32
+    assert part["max_length_q"] == 14
+    assert part["seq_idx"].tolist() == [[0] * 14 + [1] * 9]
+    assert not can_be_cut({**whole, "cu_seq_lens_q": bounds[1:]})
+    assert not can_be_cut({**whole, "max_length_q": 31})
 
 
 def test_what_does_not_fit_is_halved_until_it_is_one_row():

@@ -19,11 +19,13 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from autofit.step.tokenizer import byte_tokenizer
+from autofit.training.recovery.redoing import Thrift
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
-from tests.training.recovery.conftest import ARGUMENTS, FailingAllocations, examples, pad, same, weights
+from tests.training.recovery.conftest import ARGUMENTS, FailingAllocations, examples, farthest, pad, same, weights
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
@@ -55,9 +57,8 @@ def of_llama(data=None, **more):
 
 def masked_language_model(cls, llama, folder, model_folder):
     set_seed(3)
-    config = BertConfig(
-        vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = BertConfig(vocab_size=258, **sizes)
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<|pad|>"})
     data = [{"input_ids": tokenizer(row["text"])["input_ids"]} for row in TEXTS]
@@ -130,7 +131,8 @@ PLAIN = {
 }
 OF_TRL = {
     "SFT": sft(),
-    "SFT, packing": sft(packing=True, packing_strategy="wrapped"),
+    "SFT, packing": sft(packing=True),
+    "SFT, packing, wrapped": sft(packing=True, packing_strategy="wrapped"),
     "SFT, padding-free": sft(padding_free=True, max_length=None),
     "SFT, assistant only": sft(CHATS, assistant_only_loss=True),
     "SFT, completion only": sft([{"prompt": "ab" * n, "completion": " cd" * (n % 4 + 1)} for n in range(1, 17)]),
@@ -166,3 +168,47 @@ def test_a_script_gives_the_same_with_the_other_class(name, tiny_llama, tiny_mod
         assert same(found, expected), share
         assert logged == figures
         assert [event["event"] for event in disturbed.recovery.events] == ["oom"]
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS.keys() - {"NEFTune"}))
+def test_a_script_gives_the_same_in_smaller_pieces(name, tiny_llama, tiny_model, tmp_path):
+    stock, ours, script = SCRIPTS[name]
+
+    def without_noise(cls):
+        trainer = script(cls, tiny_llama, tmp_path, tiny_model)
+        # Adam would make much of what rounding does to a gradient of almost nothing.
+        trainer.args.optim = OptimizerNames.SGD
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return trainer
+
+    expected = without_noise(stock)
+    start = weights(expected)
+    expected.train()
+    found = without_noise(ours)
+    found._plan(2 if name == "image classification" else 60, Thrift.NONE)  # an image is one token
+    pieces = []
+    run_piece = found._run_piece
+    found._run_piece = lambda model, piece, items: pieces.append(piece) or run_piece(model, piece, items)
+    found.train()
+    assert len(pieces) > found.state.max_steps * found.args.gradient_accumulation_steps
+    assert farthest(weights(expected), weights(found), start) < 1e-5
+
+
+def test_neftune_s_noise_is_as_strong_in_smaller_pieces(tiny_llama, tmp_path):
+    """It is the weaker the wider a batch is."""
+    widths = []
+    for cls in (Trainer, AutoFitTrainer):
+        trainer = of_llama(neftune_noise_alpha=5.0)(cls, tiny_llama, tmp_path, None)
+        if cls is AutoFitTrainer:
+            trainer._plan(60, Thrift.NONE)
+        seen = []
+        trainer.model.model.layers[0].register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0].shape) if args[0].requires_grad else None
+        )
+        trainer.train()
+        widths.append({shape[1] for shape in seen})
+        rows = {shape[0] for shape in seen}
+    assert widths[0] == widths[1]
+    assert max(rows) < 4
