@@ -86,7 +86,7 @@ class StopAfter(TrainerCallback):
 
 def replaced_pieces(monkeypatch, change):
     genuine = mixin.cut
-    monkeypatch.setattr(mixin, "cut", lambda *a: change(pieces) if len(pieces := genuine(*a)) > 2 else pieces)
+    monkeypatch.setattr(mixin, "cut", lambda *a, **k: change(pieces) if len(pieces := genuine(*a, **k)) > 2 else pieces)
 
 
 def drop_a_piece(monkeypatch):
@@ -100,8 +100,8 @@ def double_a_piece(monkeypatch):
 def weigh_all_pieces_alike(monkeypatch):
     genuine = mixin.cut
 
-    def alike(*asked):
-        pieces = genuine(*asked)
+    def alike(*asked, **how):
+        pieces = genuine(*asked, **how)
         return [cutting.Piece(piece.batch, len(asked[0]) / len(pieces)) for piece in pieces]
 
     monkeypatch.setattr(mixin, "cut", alike)
