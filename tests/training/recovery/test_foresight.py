@@ -5,8 +5,14 @@ import contextlib
 import pytest
 import torch
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
@@ -20,6 +26,7 @@ from tests.training.recovery.conftest import ARGUMENTS, RUN, farthest, pad, same
 
 LENGTHS = (90, 96, 96, 70, 96, 88, 96, 60)
 ROWS = Dataset.from_list([{"input_ids": [(7 * i + j) % 250 for j in range(n)]} for i, n in enumerate(LENGTHS)])
+LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 SMALL = {"max_steps": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
 
 
@@ -37,7 +44,7 @@ def adapted(tiny_model, tmp_path):
         torch.manual_seed(3)
         if model is None:
             base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-            model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+            model = get_peft_model(base, LORA)
         budget = {"gpu_mem": given.pop("gpu_mem")} if "gpu_mem" in given else {}
         arguments = {**ARGUMENTS, **SMALL, "output_dir": str(tmp_path / cls.__name__), **given}
         if issubclass(cls, SFTTrainer):
@@ -71,6 +78,29 @@ def test_no_step_has_to_fail(adapted, stock, ours, share):
     if share == 0.7:
         assert made._planned_tokens == 4 * 96
         assert made.recovery.events[0]["said"].startswith("8 rows of 96 tokens would need ")
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_the_notebook_in_four_bits_has_to_fail_no_step_either(adapted, tiny_model, share):
+    def quantized():
+        torch.manual_seed(3)
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        base = AutoModelForCausalLM.from_pretrained(
+            tiny_model, quantization_config=settings, device_map="auto", dtype=torch.float32
+        )
+        return get_peft_model(prepare_model_for_kbit_training(base), LORA)
+
+    undisturbed = adapted(Trainer, quantized())
+    start = weights(undisturbed)
+    peak = peak_of(undisturbed)
+    made = adapted(AutoFitTrainer, quantized(), gpu_mem=f"{int(peak * share)}B")
+    made.train()
+    assert [event["event"] for event in made.recovery.events] == ["foreseen", "loss"]
+    trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
+    only = [{name: of[name] for name in trained} for of in (weights(undisturbed), weights(made), start)]
+    assert farthest(*only) < 1e-4
 
 
 def test_the_estimate_is_of_this_model_s_weights(adapted):
