@@ -336,9 +336,13 @@ def test_a_step_that_does_not_fit_is_cut_and_then_given_up(tiny_source, tmp_path
         hopeless.train()
 
 
-def test_evaluation_that_does_not_fit_is_cut_and_leaves_training_alone(tiny_source, tmp_path):
+def test_evaluation_that_does_not_fit_is_tried_again_then_cut_and_leaves_training_alone(tiny_source, tmp_path):
     made, _ = trainer(tiny_source, tmp_path, evaluate=True)
     expected = made.evaluate()["eval_loss"]
     with FailingAllocations({40}):
+        assert made.evaluate()["eval_loss"] == expected
+    with FailingAllocations({40, 60}):
         assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert [event["did"][:3] for event in made.recovery.events] == ["fre", "fre", "cut"]
+    assert made.evaluate()["eval_loss"] == expected
     assert made._most_tokens is None

@@ -216,7 +216,12 @@ def evaluated(trainer, fail=()):
         return trainer.evaluate(examples()[:6]), counter.count
 
 
-def test_evaluation_shrinks_on_its_own(made):
+def halved(times=1):
+    """Faults that halve the rows of an evaluation's first batch so often: each size is tried twice."""
+    return FailingAllocations(range(10, 10 + 10 * times, 5))
+
+
+def test_an_evaluation_that_runs_out_of_memory_once_is_the_same(made):
     expected, _ = evaluated(made(Trainer, per_device_eval_batch_size=6))
     _, count = evaluated(made(AutoFitTrainer, per_device_eval_batch_size=6))
     for number in range(0, count, 5):
@@ -226,18 +231,38 @@ def test_evaluation_shrinks_on_its_own(made):
         except torch.OutOfMemoryError:  # where a batch is fetched
             assert number < 3
             continue
-        assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-        assert [event["phase"] for event in ours.recovery.events] == ["eval"]
+        assert found["eval_loss"] == expected["eval_loss"]
+        assert [event["did"] for event in ours.recovery.events] == ["freed memory and tried the same again"]
         assert ours._most_tokens is None
-    with pytest.raises(OutOfBudget, match="evaluation does not fit"):
+
+
+def test_evaluation_shrinks_on_its_own_where_it_runs_out_of_memory_twice(made):
+    expected, _ = evaluated(made(Trainer, per_device_eval_batch_size=6))
+    ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
+    with halved():
+        assert ours.evaluate(examples()[:6])["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    assert [event["did"][:9] for event in ours.recovery.events] == ["freed mem", "fewer tha"]
+    assert ours._eval_rows == 3
+    assert ours.evaluate(examples()[:6])["eval_loss"] == expected["eval_loss"]  # of whole batches again
+    with pytest.raises(OutOfBudget, match="evaluation does not fit, with 1 rows"):
         evaluated(made(AutoFitTrainer, per_device_eval_batch_size=6), range(3, 10_000))
+
+
+def test_single_out_of_memories_here_and_there_never_end_an_evaluation(made):
+    given = {"per_device_eval_batch_size": 1, "eval_dataset": examples()}
+    expected = made(Trainer, **given).evaluate()["eval_loss"]
+    ours = made(AutoFitTrainer, **given)
+    with FailingAllocations(range(20, 100_000, 100)):
+        assert ours.evaluate()["eval_loss"] == expected
+    assert len(ours.recovery.events) > 3
 
 
 def test_predictions_of_the_parts_are_those_of_the_whole(made):
     expected = made(Trainer, per_device_eval_batch_size=6).predict(examples()[:6])
     ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
-    ours._eval_rows = 2
-    found = ours.predict(examples()[:6])
+    with halved():
+        found = ours.predict(examples()[:6])
+    assert ours._eval_rows == 3
     assert found.predictions.shape == expected.predictions.shape
     real = expected.label_ids != -100
     assert torch.allclose(torch.tensor(found.predictions[real]), torch.tensor(expected.predictions[real]), atol=1e-5)
@@ -356,11 +381,10 @@ def test_the_loss_of_evaluation_is_put_together_as_what_it_is(made):
     given = {"per_device_eval_batch_size": 6, "compute_loss_func": mean_over_rows}
     expected = made(Trainer, **given).evaluate(examples()[:6])
     ours = made(AutoFitTrainer, **given)
-    ours._eval_rows = 2
-    assert ours.evaluate(examples()[:6])["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    with halved():
+        assert ours.evaluate(examples()[:6])["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
     ours = made(AutoFitTrainer, **{**given, "compute_loss_func": all_together})
-    ours._eval_rows = 2
-    with pytest.raises(OutOfBudget, match="takes all rows of a batch together"):
+    with pytest.raises(OutOfBudget, match="takes all rows of a batch together"), halved():
         ours.evaluate(examples()[:6])
 
 
@@ -377,9 +401,10 @@ def test_evaluation_leaves_out_parts_without_a_trained_token(made):
 
     given = {"eval_dataset": examples(), "data_collator": one_untrained, "compute_loss_func": mean}
     ours = made(AutoFitTrainer, **given)
-    ours._eval_rows = 1
     expected = made(Trainer, **given).evaluate()["eval_loss"]
-    assert ours.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    with halved(3):
+        assert ours.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert ours._eval_rows == 1
 
 
 def test_a_model_patched_by_unsloth_is_refused(made, monkeypatch):
