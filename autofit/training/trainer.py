@@ -97,7 +97,11 @@ class StepTrainer(RedoesSteps, ClipsWhole, StopsOnSignals, WholeCheckpoints, Tra
         while True:
             with Watch() as watch:
                 batches = micro_batches(examples, self._eval_budget, self.pad_token_id, self.candidate.layout)
-                loss = torch.stack([self.step.evaluate(batch) for batch in batches]).sum()
+                losses = []
+                for batch in batches:
+                    self._heed()
+                    losses.append(self.step.evaluate(batch))
+                loss = torch.stack(losses).sum()
                 return loss / max(1, trained_tokens(examples)), None, None
             free_memory()
             again = not again
