@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import DataCollatorWithFlattening, Trainer
+from transformers import DataCollatorWithFlattening
 from trl import SFTConfig, SFTTrainer
 
 from autofit.errors import OutOfBudget
@@ -208,63 +208,6 @@ def test_equal_rows_are_made_unequal_to_tell_the_kinds_apart():
     assert measure_kind(batch, lambda rows: float("nan"), True, 1e-5) is LossKind.WHOLE
 
 
-def evaluated(trainer, fail=()):
-    with FailingAllocations(fail) as counter:
-        return trainer.evaluate(examples()[:6]), counter.count
-
-
-def halved(times=1):
-    """Faults that halve the rows of an evaluation's first batch so often: each size is tried twice."""
-    return FailingAllocations(range(10, 10 + 10 * times, 5))
-
-
-def test_an_evaluation_that_runs_out_of_memory_once_is_the_same(made):
-    expected, _ = evaluated(made(Trainer, per_device_eval_batch_size=6))
-    _, count = evaluated(made(AutoFitTrainer, per_device_eval_batch_size=6))
-    for number in range(0, count, 5):
-        ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
-        try:
-            found, _ = evaluated(ours, {number})
-        except torch.OutOfMemoryError:  # where a batch is fetched
-            assert number < 3
-            continue
-        assert found["eval_loss"] == expected["eval_loss"]
-        assert [event["did"] for event in ours.recovery.events] == ["freed memory and tried the same again"]
-        assert ours._most_tokens is None
-
-
-def test_evaluation_shrinks_on_its_own_where_it_runs_out_of_memory_twice(made):
-    expected, _ = evaluated(made(Trainer, per_device_eval_batch_size=6))
-    ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
-    with halved():
-        assert ours.evaluate(examples()[:6])["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-    assert [event["did"][:9] for event in ours.recovery.events] == ["freed mem", "fewer tha"]
-    assert ours._eval_rows == 3
-    assert ours.evaluate(examples()[:6])["eval_loss"] == expected["eval_loss"]  # of whole batches again
-    with pytest.raises(OutOfBudget, match="evaluation does not fit, with 1 rows"):
-        evaluated(made(AutoFitTrainer, per_device_eval_batch_size=6), range(3, 10_000))
-
-
-def test_single_out_of_memories_here_and_there_never_end_an_evaluation(made):
-    given = {"per_device_eval_batch_size": 1, "eval_dataset": examples()}
-    expected = made(Trainer, **given).evaluate()["eval_loss"]
-    ours = made(AutoFitTrainer, **given)
-    with FailingAllocations(range(20, 100_000, 100)):
-        assert ours.evaluate()["eval_loss"] == expected
-    assert len(ours.recovery.events) > 3
-
-
-def test_predictions_of_the_parts_are_those_of_the_whole(made):
-    expected = made(Trainer, per_device_eval_batch_size=6).predict(examples()[:6])
-    ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
-    with halved():
-        found = ours.predict(examples()[:6])
-    assert ours._eval_rows == 3
-    assert found.predictions.shape == expected.predictions.shape
-    real = expected.label_ids != -100
-    assert torch.allclose(torch.tensor(found.predictions[real]), torch.tensor(expected.predictions[real]), atol=1e-5)
-
-
 def sft(cls, model, folder, **given):
     values = {
         "output_dir": str(folder / cls.__name__),
@@ -319,45 +262,6 @@ def test_trl_s_trainer_goes_on_from_its_checkpoints_and_the_stock_class_from_the
     again = sft(SFTTrainer, tiny_llama, tmp_path, **saved)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert same(weights(stock), weights(again))
-
-
-def test_the_loss_of_evaluation_is_put_together_as_what_it_is(made):
-    def mean_over_rows(outputs, labels, num_items_in_batch=None):
-        logits = outputs.logits[:, :-1].float().transpose(1, 2)
-        token = nn.functional.cross_entropy(logits, labels[:, 1:], ignore_index=-100, reduction="none")
-        return (token.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
-
-    def all_together(outputs, labels, num_items_in_batch=None):
-        states = outputs.logits.float().mean(1)
-        return (states @ states.T).logsumexp(1).mean()
-
-    given = {"per_device_eval_batch_size": 6, "compute_loss_func": mean_over_rows}
-    expected = made(Trainer, **given).evaluate(examples()[:6])
-    ours = made(AutoFitTrainer, **given)
-    with halved():
-        assert ours.evaluate(examples()[:6])["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-    ours = made(AutoFitTrainer, **{**given, "compute_loss_func": all_together})
-    with pytest.raises(OutOfBudget, match="takes all rows of a batch together"), halved():
-        ours.evaluate(examples()[:6])
-
-
-def test_evaluation_leaves_out_parts_without_a_trained_token(made):
-    def one_untrained(rows):
-        batch = pad(rows)
-        longest = batch["attention_mask"].sum(1).argmax()
-        batch["labels"][longest] = -100
-        return batch
-
-    def mean(outputs, labels, num_items_in_batch=None):
-        kept = labels[:, 1:].reshape(-1)
-        return nn.functional.cross_entropy(outputs.logits[:, :-1].reshape(len(kept), -1), kept)
-
-    given = {"eval_dataset": examples(), "data_collator": one_untrained, "compute_loss_func": mean}
-    ours = made(AutoFitTrainer, **given)
-    expected = made(Trainer, **given).evaluate()["eval_loss"]
-    with halved(3):
-        assert ours.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    assert ours._eval_rows == 1
 
 
 def test_a_step_that_cannot_be_cut_says_nothing_about_later_ones(made):
