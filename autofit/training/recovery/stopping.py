@@ -117,7 +117,7 @@ class Stop:
     def saved(self, *, unevaluated: bool) -> None:
         """A checkpoint of the step at which training is to end is whole."""
         self.done, self.seconds = True, time.monotonic() - self._asked
-        self.unevaluated = unevaluated
+        self.unevaluated |= unevaluated
 
     def end(self) -> None:
         """Leaves training.
@@ -217,6 +217,7 @@ class StopsOnSignals:
             yield evaluation
         except _EvaluationEnded:
             evaluation.ended = True
+            trainer.control.should_evaluate = False  # nor at the epoch's end, where this is its last step
         finally:
             del trainer.prediction_step
             if own is not None:

@@ -128,16 +128,18 @@ class Predicting(TrainerCallback):
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": examples(), "per_device_eval_batch_size": 2}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "code", "step"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 4)]
+)
 def test_a_signal_in_an_evaluation_ends_it_at_its_next_step_with_a_checkpoint(
-    made, trains, with_dropout, tmp_path, number
+    made, trains, with_dropout, tmp_path, number, code, step
 ):
-    code = {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    """Also with an epoch's last step."""
     given = {**EVALUATED, "model": with_dropout}
-    assert trains(Predicting(number, step=2), **given) == code
-    assert steps(tmp_path) == [2]
+    assert trains(Predicting(number, step=step), **given) == code
+    assert steps(tmp_path) == [step]
     (event,) = events(tmp_path)
-    assert (event["step"], event["unevaluated"]) == (2, True)
+    assert (event["step"], event["unevaluated"]) == (step, True)
     assert 0 < event["seconds"] < 5
     assert trains(resume=True, **given) == 0
     assert same(torch.load(tmp_path / "end"), undisturbed(made, **given))
