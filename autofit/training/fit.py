@@ -28,6 +28,7 @@ from autofit.step.configs import load_config
 from autofit.step.model import load_base
 from autofit.step.policy import resolve_policy
 from autofit.training.fitting import Fitting
+from autofit.training.model_settings import model_settings
 from autofit.training.planner import ask
 from autofit.training.question import Prepared, fingerprint, search_space
 from autofit.training.scripts import longest_of, settings_of
@@ -82,8 +83,9 @@ def fit(
 ) -> Fit:
     """Estimates and tries the step that this script will run, with random weights, and says with which arguments.
 
-    What the script sets stays, except the micro-batch (`per_device_train_batch_size` × `gradient_accumulation_steps`
-    keeps its product) and checkpointing. The trials run in child processes; this one must not hold the card yet.
+    What the script sets stays, of the model too (`model_init_kwargs`), except checkpointing and the micro-batch: the
+    product of `per_device_train_batch_size` and `gradient_accumulation_steps` is kept. The trials run in child
+    processes; this one must not hold the card yet.
 
     Args:
         model: a folder or a hub id.
@@ -101,6 +103,8 @@ def fit(
     step = "sft" if isinstance(args, SFTConfig) else "trainer"
     released = _released(search)
     asked = settings_of(args, peft_config, longest_of(train_dataset, args))
+    of_model = model_settings(model, args)
+    asked |= {"dtype": of_model.dtype, "quantization_bits": of_model.bits, "double_quant": of_model.double_quant}
     config = load_run_config(
         None,
         {
@@ -114,13 +118,14 @@ def fit(
         },
     )
     with Sandbox(preload=PRELOAD) as sandbox, tempfile.TemporaryDirectory(prefix="autofit-fit-") as scratch:
-        survey = {"model": model, "data": None, "trust_remote_code": False}
+        survey = {"model": model, "data": None, "trust_remote_code": of_model.trust_remote_code}
         found = ask(sandbox, "autofit.training.survey:run_survey", survey, Path(scratch))
         device = DeviceFacts.from_json(found["device"])
-        source = ModelSource(model=found["model"])
+        source = ModelSource(model=found["model"], trust_remote_code=of_model.trust_remote_code)
+        facts = ModelFacts.from_json(found["facts"])
         prepared = Prepared(
             source=source,
-            model=ModelFacts.from_json(found["facts"]),
+            model=replace(facts, attention=of_model.attention or facts.attention),
             data=DataFacts.of_equal(asked["global_batch_size"], asked["max_seq_length"]),
             device=device,
             notes=(),
@@ -178,6 +183,8 @@ def _with(args: TrainingArguments, chosen: Candidate, batch: int, layers: int) -
     if chosen.checkpointed_layers:
         every = every_n_layers(chosen.checkpointed_layers, layers)
         new.activation_checkpointing_kwargs = {"use_reentrant": False, "every_n_layers": every}
+    if getattr(new, "model_init_kwargs", None) is not None:
+        new.model_init_kwargs = None  # of a loaded model TRL says that it ignores them
     if getattr(new, "max_length", None) is not None:
         new.max_length = chosen.max_seq_length
     return new

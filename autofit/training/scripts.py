@@ -40,12 +40,9 @@ def settings_of(args: TrainingArguments, peft_config: LoraConfig, longest: int) 
     targets = peft_config.target_modules
     if not targets:
         raise UsageError('fit: peft_config names no target_modules; "all-linear" are all')
-    settings = (getattr(args, "model_init_kwargs", None) or {}).get("quantization_config")
-    bits = None if settings is None else 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else 16
     return {
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
         "max_seq_length": longest,
-        "quantization_bits": bits,
         "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "optimizer": optimizer,
         "lora_rank": peft_config.r,

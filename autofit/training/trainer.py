@@ -16,7 +16,7 @@ from autofit.space.candidate import Candidate
 from autofit.step.batch import Example, MicroBatch, micro_batches, trained_tokens
 from autofit.step.step import Step
 from autofit.training.recovery.clipping import ClipsWhole
-from autofit.training.recovery.faults import Record, Watch, free_memory
+from autofit.training.recovery.faults import AGAIN, Record, Watch, free_memory
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.redoing import RedoesSteps
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -85,23 +85,37 @@ class StepTrainer(RedoesSteps, ClipsWhole, StopsOnSignals, WholeCheckpoints, Tra
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The mean loss per trained token of one evaluation batch, cut as in training; finer where that does not fit.
+        """The mean loss per trained token of one evaluation batch, cut as in training.
+
+        After an out-of-memory once more, then cut finer until the evaluation's end.
 
         Raises:
             OutOfBudget: a single sequence does not fit.
         """
         examples = inputs["batch"].examples
-        longest = max(len(example["input_ids"]) for example in examples)
+        longest, again = max(len(example["input_ids"]) for example in examples), False
         while True:
             with Watch() as watch:
                 batches = micro_batches(examples, self._eval_budget, self.pad_token_id, self.candidate.layout)
-                loss = torch.stack([self.step.evaluate(batch) for batch in batches]).sum()
+                losses = []
+                for batch in batches:
+                    self._heed()
+                    losses.append(self.step.evaluate(batch))
+                loss = torch.stack(losses).sum()
                 return loss / max(1, trained_tokens(examples)), None, None
             free_memory()
-            self.recovery.oom(watch, "eval", "cut finer")
+            again = not again
+            self.recovery.oom(watch, "eval", AGAIN if again else "cut finer")
+            if again:
+                continue
             if self._eval_budget <= longest:
                 raise OutOfBudget(f"evaluation does not fit, with one sequence of {longest} tokens: {watch.fault}")
             self._eval_budget = max(longest, self._eval_budget // 2)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock loop, which begins with batches cut as in training."""
+        self._eval_budget = self.candidate.token_budget
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as the Trainer does; of a step also its tokens, without and with padding.

@@ -209,6 +209,36 @@ def test_a_killed_controller_leaves_no_process_behind_and_the_run_goes_on(tiny_m
     assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
 
 
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_adapter(tiny_model, data, tmp_path, sandbox):
+    """As a cluster's scheduler sends it, to the command alone."""
+    settings = {"model": str(tiny_model), "data": str(data), "max_steps": 60, "learning_rate": 1e-2}
+    settings |= {"lora_dropout": 0.1, "eval_fraction": 0.2, "global_batch_size": 4, "max_seq_length": 48}
+    config, folder = tmp_path / "run.yaml", tmp_path / "run"
+    config.write_text(json.dumps(settings))
+    command = [*RUN, str(config), "--output-dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_for(lambda: (folder / "metrics.jsonl").is_file(), process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"to go on: the same command with --output-dir {folder}" in output
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert checkpoints.verify(checkpoint) == []
+    assert checkpoints.step_of(checkpoint) < 60
+    (stopped,) = [event for event in events_of(folder) if event["event"] == "stopped"]
+    assert (stopped["signal"], stopped["step"]) == ("SIGTERM", checkpoints.step_of(checkpoint))
+    assert not (folder / "adapter").exists()
+    adapters = []
+    for name in ("run", "undisturbed"):
+        execute(RunConfig(**settings, output_dir=str(tmp_path / name)), Quiet(), sandbox)
+        adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
+
+
+def events_of(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
 class Quiet:
     """A narrator who says nothing."""
 

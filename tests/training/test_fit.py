@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainingArguments
-from trl import SFTConfig
+from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
+from trl import SFTConfig, SFTTrainer
 
 import autofit
 from autofit.errors import NothingFits, UsageError
@@ -15,6 +15,7 @@ from autofit.space.candidate import Candidate
 from autofit.space.ladder import Limits, knob_values
 from autofit.training import fit as fitting
 from autofit.training.fit import fit
+from autofit.training.model_settings import ModelSettings, model_settings
 from autofit.training.recovery import trainers
 from autofit.training.recovery.trainers import AutoFitSFTTrainer
 
@@ -122,3 +123,106 @@ def test_a_process_that_holds_the_card_is_told_so(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, name, lambda: 1)
     with pytest.raises(UsageError, match="call fit before loading the model"):
         fit("m", train_dataset=TEXTS, args=arguments(tmp_path), peft_config=LORA)
+
+
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+
+
+def test_what_the_script_sets_of_the_model_is_tried_and_loaded(shared, tiny_model, tmp_path, monkeypatch):
+    """Also without a stand-in for `fit`: a model by name and a budget, to the end of training."""
+    searched = []
+
+    def spied(*given, **more):
+        searched.append(fit(*given, **more))
+        return searched[-1]
+
+    monkeypatch.setattr(trainers, "fit", spied)
+    settings = {"attn_implementation": "eager", "dtype": "bfloat16", "device_map": "auto", "low_cpu_mem_usage": True}
+    args = arguments(tmp_path, model_init_kwargs=settings)
+    trainer = AutoFitSFTTrainer(str(tiny_model), args, peft_config=LORA, train_dataset=TEXTS, gpu_mem="17MB")
+    base = trainer.model.get_base_model()
+    assert (base.config._attn_implementation, base.dtype) == ("eager", torch.bfloat16)
+    tried = [trial.candidate for trial in searched[0].outcome.trials]
+    assert tried
+    assert {(one.attention, one.dtype, one.quantization_bits) for one in tried} == {("eager", "bfloat16", 16)}
+    assert trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps == 4
+    assert args.model_init_kwargs == settings
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.recovery.events == []
+
+
+def test_bits_that_the_script_sets_are_loaded_as_it_sets_them(shared, tiny_model, tmp_path):
+    def trained(**more):
+        args = arguments(tmp_path, max_steps=1, **more.pop("args", {}))
+        given = {"peft_config": LORA, "train_dataset": TEXTS, "gpu_mem": "100MB", **more}
+        return AutoFitSFTTrainer(str(tiny_model), args, **given)
+
+    settings = BitsAndBytesConfig(**FOUR_BITS)
+    trainer = trained(quantization_config=settings)
+    weights = [p for p in trainer.model.parameters() if hasattr(p, "quant_state")]
+    assert weights
+    assert {(w.quant_type, w.quant_state.nested) for w in weights} == {("nf4", False)}
+    with pytest.raises(UsageError, match=r"quantization_config is also in args\.model_init_kwargs"):
+        trained(quantization_config=settings, args={"model_init_kwargs": {"quantization_config": settings}})
+
+
+REFUSED = [
+    ({"rope_scaling": {}}, "rope_scaling is not covered; valid: attn_implementation, dtype, .*; or load the model"),
+    ({"revision": "v2"}, "revision is not covered"),
+    ({"attn_implementation": "flash_attention_2"}, "attn_implementation flash_attention_2 .*; valid: sdpa, eager"),
+    ({"dtype": "float64"}, "dtype float64 cannot be estimated; valid: bfloat16, float16, float32"),
+    ({"dtype": torch.float32, "bf16": True}, "dtype float32 with bfloat16 products cannot be estimated"),
+    ({"device_map": {"model": 0, "lm_head": 1}}, r"device_map \{.*cannot be estimated; valid: one device"),
+    ({"device_map": "balanced"}, "device_map balanced"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config of dict .*; valid: BitsAndBytesConfig"),
+    ({"load_in_4bit": True}, "bnb_4bit_quant_type=fp4 cannot be estimated; valid: bnb_4bit_quant_type='nf4'"),
+    ({**FOUR_BITS, "bf16": True}, "compute_dtype=float32 cannot be estimated; valid: bnb_4bit_compute_dtype=torch.bf"),
+    ({**FOUR_BITS, "bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage=bfloat16"),
+    ({**FOUR_BITS, "llm_int8_skip_modules": ["lm_head"]}, "llm_int8_skip_modules"),
+    ({"load_in_8bit": True, "llm_int8_threshold": 0.0}, "llm_int8_threshold=0.0 .*; valid: llm_int8_threshold=6.0"),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), REFUSED)
+def test_of_the_model_what_cannot_be_honoured_is_refused_by_name(tmp_path, given, says):
+    more = {"bf16": given.pop("bf16")} if "bf16" in given else {}
+    if any(name.startswith("load_in") for name in given):
+        given = {"quantization_config": BitsAndBytesConfig(**given)}
+    args = arguments(tmp_path, model_init_kwargs=given, **more)
+    with pytest.raises(UsageError, match=f"^fit: model_init_kwargs .*{says}"):
+        fit("m", train_dataset=TEXTS, args=args, peft_config=LORA)
+
+
+def test_of_the_model_what_is_said_twice_or_does_not_matter_is_taken(tiny_model, tmp_path):
+    def settings(**given):
+        more = {"bf16": True} if given.pop("bf16", False) else {}
+        return model_settings(str(tiny_model), arguments(tmp_path, model_init_kwargs=given or None, **more))
+
+    plain = settings()
+    assert plain == ModelSettings(
+        attention=None, dtype="float32", bits=None, double_quant=True, trust_remote_code=False
+    )
+    for same in ({"revision": "main"}, {"use_cache": False}, {"device_map": {"": 0}}, {"dtype": "auto"}):
+        assert settings(**same) == plain
+    assert settings(bf16=True, dtype=torch.bfloat16).dtype == "bfloat16"
+    assert settings(trust_remote_code=True).trust_remote_code
+    eight = settings(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert eight.bits == 8
+    assert settings(quantization_config=BitsAndBytesConfig()).bits == 16
+
+
+def test_a_model_by_name_without_a_budget_trains_as_in_the_stock_class(tiny_model, tmp_path):
+    def trained(cls):
+        set_seed(0)
+        args = arguments(tmp_path / cls.__name__, model_init_kwargs={"dtype": "float32"}, logging_steps=1)
+        trainer = cls(model=str(tiny_model), args=args, peft_config=LORA, train_dataset=TEXTS)
+        trainer.train()
+        figures = [{k: v for k, v in line.items() if "loss" in k} for line in trainer.state.log_history]
+        return trainer.model.state_dict(), figures
+
+    expected, figures = trained(SFTTrainer)
+    found, logged = trained(AutoFitSFTTrainer)
+    assert logged == figures
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())

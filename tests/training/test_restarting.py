@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -248,3 +249,30 @@ def test_what_the_user_must_mend_is_not_tried_again(run):
     assert isinstance(found.error, UsageError)
     assert "not like that" in str(found.error)
     assert not mended(found)
+
+
+@pytest.mark.parametrize(("before", "after"), [("auto", "11MB"), ("11MB", "auto")], ids=["smaller", "larger"])
+def test_in_the_same_folder_it_goes_on_on_a_card_of_another_size(run, undisturbed, before, after):
+    """What is free is searched anew for that card; what decides the result is as it was."""
+    rows = {"auto": 16, "11MB": 4}
+    first = run(("usage", 5, 1), gpu_mem=before)
+    assert isinstance(first.error, UsageError)
+    plans = [json.loads((first.folder / "plan.json").read_text())]
+    again = run(folder=first.folder, gpu_mem=after)
+    assert again.error is None
+    assert "going on from step 4 of 6" in again.told
+    plans.append(json.loads((again.folder / "plan.json").read_text()))
+    assert [plan["chosen"]["micro_batch_size"] for plan in plans] == [rows[before], rows[after]]
+    assert [plan["budget"]["total_bytes"] for plan in plans].index(11 * 10**6) == (after == "11MB")
+    trained = json.loads((again.folder / "work" / "train" / "request.json").read_text())["request"]["candidate"]
+    assert trained == plans[1]["chosen"]
+    same(undisturbed, again, 1e-4)
+
+
+def test_a_card_on_which_only_another_result_would_fit_is_refused(run, undisturbed):
+    first = run(("usage", 5, 1))
+    again = run(folder=first.folder, gpu_mem="1800KB")
+    assert isinstance(again.error, UsageError)
+    refused = r"holds a run at step 4 that this would not continue: quantization_bits was 16 and would be \d; ask"
+    assert re.search(refused, str(again.error)), again.error
+    same(undisturbed, run(folder=first.folder), 0)

@@ -1,5 +1,6 @@
 """The full training loop runs the one step, on the model as it was built, and its result does not depend on the cut."""
 
+import itertools
 import json
 import os
 import signal
@@ -348,9 +349,43 @@ def test_a_step_that_does_not_fit_is_cut_and_then_given_up(tiny_source, tmp_path
         hopeless.train()
 
 
-def test_evaluation_that_does_not_fit_is_cut_and_leaves_training_alone(tiny_source, tmp_path):
+def test_evaluation_that_does_not_fit_is_tried_again_then_cut_and_leaves_training_alone(tiny_source, tmp_path):
     made, _ = trainer(tiny_source, tmp_path, evaluate=True)
     expected = made.evaluate()["eval_loss"]
     with FailingAllocations({40}):
+        assert made.evaluate()["eval_loss"] == expected
+    with FailingAllocations({40, 60}):
         assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert [event["did"][:3] for event in made.recovery.events] == ["fre", "fre", "cut"]
+    assert made.evaluate()["eval_loss"] == expected
     assert made._most_tokens is None
+
+
+def test_a_signal_in_an_evaluation_ends_it_between_its_micro_batches(tiny_source, tmp_path):
+    """All examples are one prediction step here."""
+    candidate = CANDIDATE.replace(micro_batch_size=1, lora_dropout=0.1)
+    given = {"evaluate": True, "max_steps": 8, "save_steps": 100}
+    undisturbed, _ = trainer(tiny_source, tmp_path / "undisturbed", candidate, **given)
+    undisturbed.train()
+    folder = tmp_path / "run"
+
+    def stopped():
+        made, record = trainer(tiny_source, folder, candidate, **given)
+        evaluate, count = made.step.evaluate, itertools.count(1)
+
+        def signalled(batch):
+            number = next(count)
+            if number <= 2:
+                os.kill(os.getpid(), signal.SIGTERM if number == 1 else signal.SIGKILL)
+            return evaluate(batch)
+
+        made.step.evaluate = signalled
+        assert _run(made, record, folder) == (5, False)
+
+    assert forked(stopped) == 0
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-5"  # an epoch's last step
+    resumed, record = trainer(tiny_source, folder, candidate, **given)
+    assert _run(resumed, record, folder) == (8, True)
+    for name, parameter in adapters(undisturbed.model).items():
+        assert torch.equal(parameter, adapters(resumed.model)[name])

@@ -9,7 +9,7 @@ from torch import nn
 
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.cutting import LossKind, is_cuttable, measure_kind, weight_of
-from autofit.training.recovery.faults import Record, Watch, free_memory, retried
+from autofit.training.recovery.faults import AGAIN, Record, Watch, free_memory, retried
 from autofit.training.recovery.figures import agree_with_figures, local_figures
 from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.rows import can_be_cut, count_rows, take_whole
@@ -29,7 +29,7 @@ class RecoveringEvaluation:
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """The stock step; after an out-of-memory in as few rows at a time as it takes, put together again.
+        """The stock step; after an out-of-memory once more, then in as few rows at a time as it takes, put together.
 
         Raises:
             OutOfBudget: a single row does not fit; or does not on another rank.
@@ -52,7 +52,7 @@ class RecoveringEvaluation:
     ) -> Any:
         rows = count_rows(inputs)
         stock = super().prediction_step  # type: ignore[misc]
-        before = Snapshot(self, model)
+        before, again = Snapshot(self, model), False
         while True:
             most = min(rows, self._eval_rows or rows)
             with Watch() as watch:
@@ -64,7 +64,10 @@ class RecoveringEvaluation:
                 return loss, *(_concatenated([answer[i] for answer in answers]) for i in (1, 2))
             free_memory()
             before.restore()
-            self.recovery.oom(watch, "eval", f"fewer than {most} rows at a time")
+            again = not again
+            self.recovery.oom(watch, "eval", AGAIN if again else f"fewer than {most} rows at a time")
+            if again:
+                continue
             if most <= 1 or not can_be_cut(inputs):
                 raise OutOfBudget(f"evaluation does not fit, with {most} rows at a time: {watch.fault}")
             self._eval_rows = most // 2
@@ -101,13 +104,14 @@ class RecoveringEvaluation:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loop; where what piles up between its steps does not fit, again, with results moved to the host.
 
-        Of several ranks none does it again, for the loop gathers from all of them.
+        Each evaluation begins with whole batches. Of several ranks none does it again, for the loop gathers from all.
 
         Raises:
             OutOfBudget: it does not fit even so.
         """
         trainer: Any = self
         stock = super().evaluation_loop  # type: ignore[misc]
+        self._eval_rows = None
         if self._ranks is not None:
             with self._ranks.together("evaluation"):
                 return retried(self.recovery, "evaluation", lambda: stock(*args, **kwargs), times=1)

@@ -22,6 +22,8 @@ from autofit.trial.record import requested_bytes
 QUIET_STEPS = 100
 # How often what should need no more memory the second time is tried again.
 TIMES = 3
+# What is done about a first out-of-memory, which may have been another process's.
+AGAIN = "freed memory and tried the same again"
 # What an estimate of a step is about.
 _OF_STEP = ("step", "optimizer", "clipping")
 

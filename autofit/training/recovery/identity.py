@@ -10,6 +10,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from autofit.training.recovery.contents import hash_made_rows, hash_rows
+
 # Of the arguments, those that a result depends on; how batches are split, moved, logged and saved is free.
 _DECIDING = (
     "seed",
@@ -69,12 +71,12 @@ def states_of(optim: Any) -> str:
 
 
 def first_difference(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> str | None:
-    """In words; None where there is none."""
+    """In words; None where there is none. What is known of one of them alone is no difference."""
     for part in now:
         was = before.get(part, {})
         for name, value in now[part].items():
-            if was.get(name) != value:
-                return f"{name} was {was.get(name)!r} and is {value!r}"
+            if name in was and was[name] != value:
+                return f"{name} was {was[name]!r} and is {value!r}"
     return None
 
 
@@ -120,17 +122,16 @@ def _base(model: nn.Module) -> dict[str, Any]:
 
 
 def _data(dataset: Any) -> dict[str, Any]:
-    """Length and contents; of data that are made as they are read, the length alone."""
+    """Length and contents; of data that are others each time they are read, the length alone."""
     found: dict[str, Any] = {"examples": _length(dataset)}
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         found["the data"] = _hash_dataset(dataset)
     elif isinstance(dataset, (list, tuple)):
-        found["the data"] = hashlib.sha256(repr(_places(dataset)).encode()).hexdigest()
+        found["the data"] = hash_rows(dataset)
+    elif found["examples"] and hasattr(dataset, "__getitem__"):
+        made = hash_made_rows(dataset)
+        found |= {} if made is None else {"the data": made}
     return found
-
-
-def _places(rows: Any) -> list[Any]:
-    return [rows[i] for i in range(0, len(rows), max(1, len(rows) // (_PLACES * _ROWS)))]
 
 
 def _hash_dataset(dataset: Dataset) -> str:

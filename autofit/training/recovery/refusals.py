@@ -9,26 +9,44 @@ from torch import nn
 
 from autofit.errors import UsageError
 
-# Arguments of older releases, and what they are called now.
-_RENAMED = {
-    "tokenizer": "processing_class",
-    "max_seq_length": "max_length, of SFTConfig",
-    "dataset_text_field": "dataset_text_field, of SFTConfig",
-    "packing": "packing, of SFTConfig",
+_OF_SFT_CONFIG = "is an argument of SFTConfig now: SFTConfig({}=…)"
+_GONE = "is no argument any more: leave it away"
+# Arguments of older releases, and what became of them.
+_BEFORE = {
+    "tokenizer": "has become processing_class",
+    "max_seq_length": _OF_SFT_CONFIG.format("max_length"),
+    "dataset_batch_size": _GONE,
+    "num_of_sequences": _GONE,
+    "chars_per_token": _GONE,
+    **{
+        name: _OF_SFT_CONFIG.format(name)
+        for name in (
+            "dataset_text_field",
+            "dataset_kwargs",
+            "dataset_num_proc",
+            "packing",
+            "eval_packing",
+            "neftune_noise_alpha",
+            "model_init_kwargs",
+        )
+    },
 }
-# Their step happens inside the backward pass, where it cannot be undone.
-_STEPS_IN_BACKWARD = ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise")
+# Their step happens inside the backward pass, where it cannot be undone; so with all whose name ends in "layerwise".
+_STEPS_IN_BACKWARD = ("lomo", "adalomo")
 
 
 def check_arguments(cls: type, kwargs: Mapping[str, Any]) -> None:
     """Looks at what a trainer is about to be constructed with.
 
     Raises:
-        UsageError: an argument that has another name now.
+        UsageError: an argument that has another name or place now, or none; a class that Unsloth has patched.
     """
-    for name, now in _RENAMED.items():
+    for name, became in _BEFORE.items():
         if name in kwargs:
-            raise UsageError(f"{cls.__name__}: argument {name} has become {now}")
+            raise UsageError(f"{cls.__name__}: argument {name} {became}")
+    patched = _patched_class(cls)
+    if patched is not None:
+        raise UsageError(f"{cls.__name__} does not cover {patched}, patched by Unsloth: import autofit without unsloth")
 
 
 def check_trainer(trainer: Any) -> None:
@@ -46,7 +64,10 @@ def check_trainer(trainer: Any) -> None:
         "FSDP": (trainer.is_fsdp_enabled, "run without it"),
         "DeepSpeed": (trainer.is_deepspeed_enabled, "run without it"),
         f"a model spread over {', '.join(sorted(devices))}": (len(devices) > 1, 'load it with device_map={"": 0}'),
-        f"optim {optimizer}": (optimizer in _STEPS_IN_BACKWARD, "take an optimizer that steps after the backward pass"),
+        f"optim {optimizer}": (
+            optimizer in _STEPS_IN_BACKWARD or optimizer.endswith("_layerwise"),
+            "take an optimizer that steps after the backward pass",
+        ),
         "a model patched by Unsloth": (_is_unsloth(trainer.model), "load it with transformers"),
         **(_refused_of_several(trainer) if arguments.world_size > 1 else {}),
     }
@@ -74,5 +95,22 @@ def _refused_of_several(trainer: Any) -> dict[str, tuple[bool, str]]:
 def _is_unsloth(model: Any) -> bool:
     """Unsloth puts forwards of its own into transformers' classes."""
     kinds = {type(module) for module in model.modules()}
-    homes = [home for kind in kinds for home in (kind.__module__, getattr(kind.forward, "__module__", None))]
-    return any(home is not None and home.startswith("unsloth") for home in homes)
+    return any(_of_unsloth(kind) or _of_unsloth(kind.forward) for kind in kinds)
+
+
+def _patched_class(cls: type) -> str | None:
+    """A base that is Unsloth's, or has steps or methods of it; None where there is none.
+
+    It puts classes of its own in the place of TRL's, and functions into transformers' Trainer.
+    """
+    for base in cls.__mro__:
+        if _of_unsloth(base) or base.__name__.startswith(("Unsloth", "_Unsloth")):
+            return base.__name__
+        method = next((name for name, value in vars(base).items() if callable(value) and _of_unsloth(value)), None)
+        if method is not None:
+            return f"{base.__name__}.{method}"
+    return None
+
+
+def _of_unsloth(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).startswith("unsloth")

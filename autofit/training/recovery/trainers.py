@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import Trainer
@@ -37,6 +38,7 @@ class AutoFitSFTTrainer(RecoveringTrainer, SFTTrainer):
             args = SFTConfig(output_dir=f"{model.rpartition('/')[2]}-SFT") if args is None else args
             if kwargs.get("peft_config") is None or kwargs.get("train_dataset") is None:
                 raise UsageError("AutoFitSFTTrainer: a model by name with gpu_mem needs peft_config and train_dataset")
+            args = _with_quantization(args, kwargs.pop("quantization_config", None))
             found = fit(
                 model,
                 train_dataset=kwargs["train_dataset"],
@@ -47,3 +49,15 @@ class AutoFitSFTTrainer(RecoveringTrainer, SFTTrainer):
             model, args, kwargs["peft_config"] = found.load_model(), found.args, found.peft_config
             self._foresees = False
         super().__init__(model, args, *rest, gpu_mem=gpu_mem, **kwargs)
+
+
+def _with_quantization(args: SFTConfig, settings: Any) -> SFTConfig:
+    """The arguments with what SFTTrainer takes beside them."""
+    if settings is None:
+        return args
+    given: Any = args.model_init_kwargs or {}
+    if "quantization_config" in given:
+        raise UsageError("AutoFitSFTTrainer: quantization_config is also in args.model_init_kwargs; set it once")
+    args = copy.deepcopy(args)
+    args.model_init_kwargs = {**given, "quantization_config": settings}
+    return args

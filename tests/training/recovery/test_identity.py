@@ -1,7 +1,11 @@
 """A checkpoint is gone on from by the run that it is of, and by no other."""
 
+import array
 import copy
+import functools
+import os
 import random
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 
 from autofit.errors import UsageError
-from autofit.training.recovery import identity
+from autofit.training.recovery import contents, identity
 from autofit.training.recovery.identity import samples_done
 from autofit.training.recovery.trainers import AutoFitTrainer
 from tests.training.recovery.conftest import examples
@@ -117,6 +121,131 @@ def test_looking_takes_no_random_number(made):
     torch.set_rng_state(before[0])
     identity.identity(ours)
     assert torch.equal(before[0], torch.get_rng_state())
+
+
+class Rows(torch.utils.data.Dataset):
+    """The examples as they are made one by one; with random numbers, counted, or from an open file."""
+
+    def __init__(self, shift=0, noise=None, file=None):
+        self.rows, self.shift, self.noise, self.file, self.count = examples(), shift, noise, file, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        self.count += 1
+        if place == 7 and self.file == "torn":
+            raise OSError("torn")
+        drawn = 0 if self.noise is None else self.noise()
+        return {"input_ids": [(token + self.shift + drawn) % 60 + 1 for token in self.rows[place]["input_ids"]]}
+
+
+def test_rows_that_a_data_set_makes_are_looked_at(made, tmp_path):
+    given = {**RUN, "output_dir": str(tmp_path)}
+    made(AutoFitTrainer, train_dataset=Rows(), **given).train()
+    with pytest.raises(UsageError, match="is of another run: the data was"):
+        made(AutoFitTrainer, train_dataset=Rows(7), **given).train(resume_from_checkpoint=True)
+    again = made(AutoFitTrainer, train_dataset=Rows(), **given)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 2
+
+
+NOISES = {
+    "torch": lambda: int(torch.randint(50, ())),
+    "random": lambda: random.randrange(50),
+    "numpy": lambda: int(np.random.randint(50)),
+}
+
+
+@pytest.mark.parametrize("noise", [*NOISES, "its own"])
+def test_rows_that_are_others_each_time_are_left_out_and_looking_draws_no_number(noise):
+    generator = random.Random(0)
+    dataset = Rows(noise=NOISES.get(noise, functools.partial(generator.randrange, 50)))
+    before = random_state()
+    assert identity._data(dataset) == {"examples": 16}
+    assert random_state() == before
+    assert dataset.count == 0
+    assert generator.getstate() == random.Random(0).getstate()
+
+
+def random_state():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+OWN = random.Random(0)
+
+
+def test_generators_that_the_rows_are_made_with_draw_nothing_either():
+    """As those of a library for augmentation, that a script holds somewhere."""
+    dataset = Rows(noise=lambda: OWN.randrange(50))
+    assert identity._data(dataset) == {"examples": 16}
+    assert OWN.getstate() == random.Random(0).getstate()
+    assert dataset.count == 0
+
+
+def test_a_data_set_that_cannot_be_looked_at_has_its_length_alone(tmp_path, monkeypatch):
+    (tmp_path / "rows").write_text("abc" * 10)
+    with (tmp_path / "rows").open() as file:
+        for dataset in (Rows(file=file), Rows(file="torn"), Rows(noise=lambda: os._exit(3))):
+            assert identity._data(dataset) == {"examples": 16}
+    monkeypatch.setattr(contents, "_SECONDS", 0.2)
+    assert identity._data(Rows(noise=lambda: time.sleep(9) or 0)) == {"examples": 16}
+
+
+def test_what_was_not_known_of_the_data_is_no_difference():
+    known, unknown = ({"data": {"examples": 3, **more}} for more in ({"the data": "a"}, {}))
+    assert identity.first_difference(known, unknown) is identity.first_difference(unknown, known) is None
+
+
+def test_data_within_a_data_set_within_another_count_at_the_places_that_are_looked_at():
+    values = torch.arange(50_000).reshape(500, 100)
+    dataset = torch.utils.data.Subset(torch.utils.data.TensorDataset(values), range(400))
+    known = identity._data(dataset)
+    assert known["the data"]
+    values[1] = 0  # every second row is
+    assert identity._data(dataset) == known
+    values[2, 3] = 0
+    assert identity._data(dataset) != known
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows[3]["x"].__setitem__(slice(900, 1100), 5),
+        lambda rows: rows[3]["y"].__setitem__(2500, 1.0),
+        lambda rows: rows[3]["z"][1].__setitem__(0, torch.ones(1)),
+        lambda rows: rows[3].update(z=(rows[3]["z"][0], tuple(rows[3]["z"][1]), None)),
+        lambda rows: rows[3].update(x=rows[3]["x"].float()),
+        lambda rows: rows[3].update(x=rows[3]["x"].reshape(40, 50)),
+        lambda rows: rows[3].update(w=rows[3].pop("y")),
+        lambda rows: rows.reverse(),
+    ],
+)
+def test_every_value_of_a_list_counts(change):
+    def rows():
+        return [
+            {
+                "x": torch.arange(2000) % 60 + i,
+                "y": np.zeros(5000),
+                "z": ("text", [torch.zeros(1, dtype=torch.bfloat16)]),
+            }
+            for i in range(4)
+        ]
+
+    changed = rows()
+    change(changed)
+    assert identity._data(rows()) == identity._data(rows()) != identity._data(changed)
+
+
+def test_of_an_object_its_values_count_and_not_where_it_lies():
+    class Example:
+        def __init__(self, value):
+            self.value = value
+
+    assert contents.hash_rows([Example(1)]) == contents.hash_rows([Example(1)]) != contents.hash_rows([Example(2)])
+    images = [array.array("B", [color] * 16) for color in (1, 1, 2)]  # with bytes, as those of Pillow
+    hashes = [contents.hash_rows([{"image": image}]) for image in images]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 @pytest.mark.parametrize("given", [{}, {"dataloader_drop_last": True}, {"per_device_train_batch_size": 3}])

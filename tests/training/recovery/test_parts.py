@@ -1,23 +1,20 @@
 """The parts of recovery: the optimizer's step, evaluation, batches and their cuts, and what is refused."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers import DataCollatorWithFlattening
 from trl import SFTConfig, SFTTrainer
 
-from autofit.errors import OutOfBudget, UsageError
+from autofit.errors import OutOfBudget
 from autofit.step.tokenizer import byte_tokenizer
 from autofit.training.recovery.cutting import LossKind, cut, finer, measure_kind
 from autofit.training.recovery.faults import Record, Watch, retried
 from autofit.training.recovery.optimizing import all_or_nothing
-from autofit.training.recovery.refusals import _refused_of_several
 from autofit.training.recovery.rows import can_be_cut, row_lengths, take, together, trained_items
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
 from tests.training.recovery.conftest import ARGUMENTS, FailingAllocations, examples, pad, same, weights
@@ -222,82 +219,6 @@ def test_equal_rows_are_made_unequal_to_tell_the_kinds_apart():
     assert measure_kind(batch, lambda rows: float("nan"), True, 1e-5) is LossKind.WHOLE
 
 
-def evaluated(trainer, fail=()):
-    with FailingAllocations(fail) as counter:
-        return trainer.evaluate(examples()[:6]), counter.count
-
-
-def test_evaluation_shrinks_on_its_own(made):
-    expected, _ = evaluated(made(Trainer, per_device_eval_batch_size=6))
-    _, count = evaluated(made(AutoFitTrainer, per_device_eval_batch_size=6))
-    for number in range(0, count, 5):
-        ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
-        try:
-            found, _ = evaluated(ours, {number})
-        except torch.OutOfMemoryError:  # where a batch is fetched
-            assert number < 3
-            continue
-        assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-        assert [event["phase"] for event in ours.recovery.events] == ["eval"]
-        assert ours._most_tokens is None
-    with pytest.raises(OutOfBudget, match="evaluation does not fit"):
-        evaluated(made(AutoFitTrainer, per_device_eval_batch_size=6), range(3, 10_000))
-
-
-def test_predictions_of_the_parts_are_those_of_the_whole(made):
-    expected = made(Trainer, per_device_eval_batch_size=6).predict(examples()[:6])
-    ours = made(AutoFitTrainer, per_device_eval_batch_size=6)
-    ours._eval_rows = 2
-    found = ours.predict(examples()[:6])
-    assert found.predictions.shape == expected.predictions.shape
-    real = expected.label_ids != -100
-    assert torch.allclose(torch.tensor(found.predictions[real]), torch.tensor(expected.predictions[real]), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"auto_find_batch_size": True}, "does not cover auto_find_batch_size: leave it away"),
-        ({"optim": "lomo"}, "does not cover optim lomo"),
-    ],
-)
-def test_what_is_not_covered_is_refused_by_name(made, given, says):
-    with pytest.raises(UsageError, match=says):
-        made(AutoFitTrainer, **given)
-
-
-def test_of_several_processes_what_talks_within_a_step_is_refused(tiny_llama):
-    def trainer(model, kind="MULTI_CPU", **given):
-        arguments = SimpleNamespace(**{"world_size": 2, "torch_compile": False, "save_on_each_node": False, **given})
-        return SimpleNamespace(
-            args=arguments, model=model, accelerator=SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
-        )
-
-    def refused(*asked, **given):
-        return [what for what, (found, _) in _refused_of_several(trainer(*asked, **given)).items() if found]
-
-    assert refused(tiny_llama) == []
-    assert refused(tiny_llama, "XLA") == ["XLA with 2 processes"]
-    assert refused(tiny_llama, torch_compile=True) == ["torch_compile with 2 processes"]
-    assert refused(nn.Sequential(nn.SyncBatchNorm(4))) == ["SyncBatchNorm with 2 processes"]
-    assert refused(tiny_llama, save_on_each_node=True) == ["save_on_each_node with 2 processes"]
-
-
-def test_renamed_arguments_are_told_their_new_name(tiny_llama, tmp_path):
-    with pytest.raises(UsageError, match="AutoFitTrainer: argument tokenizer has become processing_class"):
-        AutoFitTrainer(model=tiny_llama, tokenizer=None)
-    with pytest.raises(UsageError, match="argument max_seq_length has become max_length, of SFTConfig"):
-        AutoFitSFTTrainer(model=tiny_llama, max_seq_length=8)
-
-
-def test_a_model_spread_over_devices_is_refused(tiny_llama, tmp_path):
-    model = copy.deepcopy(tiny_llama)
-    model.hf_device_map = {"model.layers.0": "cpu", "lm_head": "disk"}
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(UsageError, match="spread over cpu, disk"):
-        AutoFitTrainer(model=model, args=arguments)
-
-
 def sft(cls, model, folder, **given):
     values = {
         "output_dir": str(folder / cls.__name__),
@@ -352,55 +273,6 @@ def test_trl_s_trainer_goes_on_from_its_checkpoints_and_the_stock_class_from_the
     again = sft(SFTTrainer, tiny_llama, tmp_path, **saved)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert same(weights(stock), weights(again))
-
-
-def test_the_loss_of_evaluation_is_put_together_as_what_it_is(made):
-    def mean_over_rows(outputs, labels, num_items_in_batch=None):
-        logits = outputs.logits[:, :-1].float().transpose(1, 2)
-        token = nn.functional.cross_entropy(logits, labels[:, 1:], ignore_index=-100, reduction="none")
-        return (token.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
-
-    def all_together(outputs, labels, num_items_in_batch=None):
-        states = outputs.logits.float().mean(1)
-        return (states @ states.T).logsumexp(1).mean()
-
-    given = {"per_device_eval_batch_size": 6, "compute_loss_func": mean_over_rows}
-    expected = made(Trainer, **given).evaluate(examples()[:6])
-    ours = made(AutoFitTrainer, **given)
-    ours._eval_rows = 2
-    assert ours.evaluate(examples()[:6])["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-    ours = made(AutoFitTrainer, **{**given, "compute_loss_func": all_together})
-    ours._eval_rows = 2
-    with pytest.raises(OutOfBudget, match="takes all rows of a batch together"):
-        ours.evaluate(examples()[:6])
-
-
-def test_evaluation_leaves_out_parts_without_a_trained_token(made):
-    def one_untrained(rows):
-        batch = pad(rows)
-        longest = batch["attention_mask"].sum(1).argmax()
-        batch["labels"][longest] = -100
-        return batch
-
-    def mean(outputs, labels, num_items_in_batch=None):
-        kept = labels[:, 1:].reshape(-1)
-        return nn.functional.cross_entropy(outputs.logits[:, :-1].reshape(len(kept), -1), kept)
-
-    given = {"eval_dataset": examples(), "data_collator": one_untrained, "compute_loss_func": mean}
-    ours = made(AutoFitTrainer, **given)
-    ours._eval_rows = 1
-    expected = made(Trainer, **given).evaluate()["eval_loss"]
-    assert ours.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_model_patched_by_unsloth_is_refused(made, monkeypatch):
-    def forward(self, *args, **kwargs):
-        raise NotImplementedError
-
-    forward.__module__ = "unsloth.models.llama"
-    monkeypatch.setattr(LlamaAttention, "forward", forward)
-    with pytest.raises(UsageError, match="patched by Unsloth: load it with transformers"):
-        made(AutoFitTrainer)
 
 
 def test_a_step_that_cannot_be_cut_says_nothing_about_later_ones(made):

@@ -433,6 +433,30 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(trained, tiny_llama, tm
     assert same(stock[1]["weights"], ours[1]["weights"])
 
 
+class SignalInEvaluation(TrainerCallback):
+    """SIGTERM with the first prediction step after training step 2; there must not be a third."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.count += 1
+            os.kill(os.getpid(), {1: signal.SIGTERM, 3: signal.SIGKILL}.get(self.count, 0))
+
+
+def test_a_signal_to_one_rank_in_an_evaluation_ends_it_on_all(trained, tiny_llama, with_dropout, tmp_path):
+    """Dropout, of which each rank draws its own."""
+    given = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
+    stock = said(trained(Trainer, model=with_dropout, **given))
+    ranks = trained(AutoFitTrainer, model=with_dropout, callback=SignalInEvaluation(), **given)
+    assert ranks.codes == [143, 143], ranks.wrote
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
+    ours = said(trained(AutoFitTrainer, model=with_dropout, resume=True, **given))
+    for expected, found in zip(stock, ours, strict=True):
+        assert same(expected["weights"], found["weights"])
+
+
 def evaluated(cls, rank_fails, tiny_llama, folder, make):
     def work(rank):
         trainer = make(cls, tiny_llama, folder, per_device_eval_batch_size=4)
@@ -455,9 +479,10 @@ def test_evaluation_shrinks_on_one_rank_alone(tiny_llama, tmp_path, cls, stock_c
     stock = said(evaluated(stock_class, (), tiny_llama, tmp_path, make))
     undisturbed = said(evaluated(cls, (), tiny_llama, tmp_path, make))
     assert [one[0] for one in undisturbed] == [one[0] for one in stock]
-    ours = said(evaluated(cls, {undisturbed[1][2] // 3}, tiny_llama, tmp_path, make))
+    third = undisturbed[1][2] // 3
+    ours = said(evaluated(cls, {third, third + 5}, tiny_llama, tmp_path, make))
     assert ours[0][1] == []
-    assert ours[1][1] == ["fewer than 4 rows at a time"]
+    assert ours[1][1] == ["freed memory and tried the same again", "fewer than 4 rows at a time"]
     for expected, found in zip(stock, ours, strict=True):
         assert found[0] == pytest.approx(expected[0], rel=1e-5)
     ranks = evaluated(cls, range(undisturbed[1][2] // 3, 10**6), tiny_llama, tmp_path, make)

@@ -35,13 +35,13 @@ class Signals(TrainerCallback):
 def trains(made, tmp_path):
     """Trains in a fork, with callbacks; returns how that ended."""
 
-    def train(*callbacks, resume=None, before=None, **given):
+    def train(*callbacks, resume=None, before=None, cls=AutoFitTrainer, model=None, **given):
         def work():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if before is not None:
                 before()
-            ours = made(AutoFitTrainer, output_dir=str(tmp_path), **{**RUN, **given})
+            ours = made(cls, model, output_dir=str(tmp_path), **{**RUN, **given})
             for callback in callbacks:
                 ours.add_callback(callback)
             ours.train(resume_from_checkpoint=resume)
@@ -60,8 +60,8 @@ def steps(folder):
     return sorted(checkpoints.step_of(path) for path in folder.glob("checkpoint-*"))
 
 
-def undisturbed(made, **given):
-    stock = made(Trainer, **{**RUN, **given})
+def undisturbed(made, cls=Trainer, model=None, **given):
+    stock = made(cls, model, **{**RUN, **given})
     stock.train()
     return weights(stock)
 
@@ -103,31 +103,120 @@ def test_two_signals_kill_at_once(trains, tmp_path, number):
     assert steps(tmp_path) == []
 
 
-def test_evaluation_is_not_waited_for(made, trains, tmp_path):
-    """In the middle of an epoch there is none; where one is due at the step, the checkpoint comes first."""
+class Predicting(TrainerCallback):
+    """As an evaluation's prediction step of a number ends, from one training step on: a signal, SIGKILL with the next.
 
-    class Slow(TrainerCallback):
-        def on_prediction_step(self, *args, **kwargs):
-            os.kill(os.getpid(), signal.SIGKILL)
+    Args:
+        number: of the signal; None sends none.
+        step: of training.
+        deadly: whether there must be no other prediction step.
+    """
 
+    def __init__(self, number, step=1, deadly=True):
+        self.number, self.step, self.deadly, self.count = number, step, deadly, 0
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            self.count += 1
+            if self.count == 1 and self.number is not None:
+                os.kill(os.getpid(), self.number)
+            if self.count == 2 and self.deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Of eight prediction steps each.
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": examples(), "per_device_eval_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "step"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 4)]
+)
+def test_a_signal_in_an_evaluation_ends_it_at_its_next_step_with_a_checkpoint(
+    made, trains, with_dropout, tmp_path, number, code, step
+):
+    """Also with an epoch's last step."""
+    given = {**EVALUATED, "model": with_dropout}
+    assert trains(Predicting(number, step=step), **given) == code
+    assert steps(tmp_path) == [step]
+    (event,) = events(tmp_path)
+    assert (event["step"], event["unevaluated"]) == (step, True)
+    assert 0 < event["seconds"] < 5
+    assert trains(resume=True, **given) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made, **given))
+
+
+def test_evaluation_is_not_waited_for(made, trains, with_dropout, tmp_path):
+    """In the middle of an epoch there is none; one that is due at the step is ended as soon as it has begun."""
     evaluated = {"eval_strategy": "epoch", "eval_dataset": examples()}
-    assert trains(Signals(signal.SIGTERM), Slow(), **evaluated) == 143
+    assert trains(Signals(signal.SIGTERM), Predicting(None), **evaluated) == 143
     assert steps(tmp_path) == [3]
-    evaluated |= {"eval_strategy": "steps", "eval_steps": 5}
-    assert trains(Signals(signal.SIGTERM, step=4), Slow(), **evaluated) == -signal.SIGKILL
-    assert steps(tmp_path) == [3, 5]
-    assert trains(resume=str(tmp_path / "checkpoint-5")) == 0
-    assert same(torch.load(tmp_path / "end"), undisturbed(made))
+    given = {**EVALUATED, "eval_steps": 5, "model": with_dropout}
+    (tmp_path / "checkpoint-3").rename(tmp_path / "other")
+    assert trains(Signals(signal.SIGTERM, step=4), Predicting(None), **given) == 143
+    assert steps(tmp_path) == [5]
+    assert trains(resume=True, **given) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made, **given))
 
 
-def test_at_an_epoch_s_last_step_the_epoch_is_ended(made, trains, tmp_path):
-    evaluated = {"eval_strategy": "epoch", "eval_dataset": examples()}
-    assert trains(Signals(signal.SIGTERM, step=3), **evaluated) == 143
+class Sampling(AutoFitTrainer):
+    """Its evaluation takes random numbers, which the next steps then do not get."""
+
+    def prediction_step(self, *args, **kwargs):
+        torch.rand(3)
+        return super().prediction_step(*args, **kwargs)
+
+
+COUNTED = {
+    "the best model": {"metric_for_best_model": "loss"},
+    "several": {"eval_dataset": {"one": examples(), "other": examples()}},
+    "sampling": {"cls": Sampling},
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_an_evaluation_that_something_depends_on_is_waited_for_but_a_checkpoint_comes_first(
+    made, trains, with_dropout, tmp_path, name
+):
+    given = {**EVALUATED, "model": with_dropout, **COUNTED[name]}
+
+    class ThirdKills(Predicting):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            super().on_prediction_step(args, state, control, **kwargs)
+            if self.count == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    assert trains(ThirdKills(signal.SIGTERM, step=2, deadly=False), **given) == -signal.SIGKILL
+    assert steps(tmp_path) == [2]
+    (tmp_path / "checkpoint-2").rename(tmp_path / "first")
+    assert trains(Predicting(signal.SIGTERM, step=2, deadly=False), **given) == 143
+    assert steps(tmp_path) == [2]
+    history = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert {line["step"] for line in history if any("loss" in key and "eval" in key for key in line)} == {1, 2}
+    assert trains(resume=True, **given) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made, **given))
+
+
+def test_a_signal_with_an_evaluation_s_last_step_takes_no_other_step_of_training(made, trains, with_dropout, tmp_path):
+    given = {**EVALUATED, "per_device_eval_batch_size": 16, "model": with_dropout}
+    assert trains(Predicting(signal.SIGTERM, step=2), **given) == 143
+    assert steps(tmp_path) == [2]
+    assert "unevaluated" not in events(tmp_path)[0]
+    assert trains(resume=True, **given) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made, **given))
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_at_an_epoch_s_last_step_the_epoch_is_ended(made, trains, with_dropout, tmp_path, counts):
+    given = {**EVALUATED, "eval_strategy": "epoch", "model": with_dropout}
+    given |= {"metric_for_best_model": "loss"} if counts else {}
+    assert trains(Signals(signal.SIGTERM, step=3), Predicting(None, deadly=not counts), **given) == 143
     assert steps(tmp_path) == [4]
+    (event,) = events(tmp_path)
+    assert event.get("unevaluated", False) is not counts
     history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-    assert [line["step"] for line in history if "eval_loss" in line] == [4]
-    assert trains(resume=True, **evaluated) == 0
-    assert same(torch.load(tmp_path / "end"), undisturbed(made, **evaluated))
+    assert [line["step"] for line in history if "eval_loss" in line] == ([4] if counts else [])
+    assert trains(resume=True, **given) == 0
+    assert same(torch.load(tmp_path / "end"), undisturbed(made, **given))
 
 
 def test_handlers_of_the_script_are_called_too_and_stand_again_afterwards(made, tmp_path):
