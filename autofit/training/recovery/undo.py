@@ -16,7 +16,7 @@ from autofit.errors import OutOfBudget
 # Larger buffers are tables that hardly a forward pass writes to: no copies, but a look whether one did.
 _LARGEST_BUFFER = 2**20
 # Values of each tensor that is not kept which are compared.
-_VALUES = 64
+_VALUES = 4
 # Running figures of TRL's trainers, which count the tokens of failed attempts, too; and what is kept for other ranks.
 _FIGURES = ("_metrics", "_total_train_tokens", "_gathered")
 
