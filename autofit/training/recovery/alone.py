@@ -60,7 +60,7 @@ def each_alone(optimizer: Optimizer, moving: Sequence[torch.Tensor], step: Calla
 
 def _note(found: Common, groups: set[int], after: dict[int, Kept]) -> None:
     """How groups are after a step of one of their parameters, which must be as after that of any other."""
-    seen = {**{number: found.groups[number] for number in groups}, -1: found.attributes}
+    seen = {**{number: found.groups[number] for number in groups}, -1: found.rest}
     if not all(after.setdefault(number, kept).equals(kept) for number, kept in seen.items()):
         raise OutOfBudget("optimizer.step does not fit, and one parameter after the other came to something else")
 

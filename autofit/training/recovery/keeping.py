@@ -81,7 +81,7 @@ def _are_close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool
 
 
 class Common:
-    """What the parameters of an optimizer have in common, at one moment: the values of groups, and attributes."""
+    """What the parameters of an optimizer have in common, at one moment: values of groups, attributes, other states."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -90,18 +90,22 @@ class Common:
             Kept({name: value for name, value in group.items() if name != "params"}, without=without)
             for group in optimizer.param_groups
         ]
-        self.attributes = Kept(_attributes(optimizer), without=without)
+        self.rest = Kept((_attributes(optimizer), _other_states(optimizer)), without=without)
 
     def restore(self) -> None:
         """All of it as it was."""
-        for group, kept in zip(self._optimizer.param_groups, self.groups, strict=True):
+        optimizer = self._optimizer
+        for group, kept in zip(optimizer.param_groups, self.groups, strict=True):
             parameters = group["params"]
             group.clear()
             group.update({"params": parameters, **kept.restore()})
-        found = self.attributes.restore()
-        for name in _attributes(self._optimizer).keys() - found.keys():
-            delattr(self._optimizer, name)
-        vars(self._optimizer).update(found)
+        attributes, states = self.rest.restore()
+        for name in _attributes(optimizer).keys() - attributes.keys():
+            delattr(optimizer, name)
+        vars(optimizer).update(attributes)
+        for name in _other_states(optimizer).keys() - states.keys():
+            del optimizer.state[name]
+        optimizer.state.update(states)
 
 
 class Draws:
@@ -125,3 +129,8 @@ def _attributes(optimizer: Optimizer) -> dict[str, Any]:
         for name, value in vars(optimizer).items()
         if name not in _OTHERWISE and not name.startswith(_NOT_OURS) and not callable(value)
     }
+
+
+def _other_states(optimizer: Optimizer) -> dict[Any, Any]:
+    """Those that are of no parameter."""
+    return {name: value for name, value in optimizer.state.items() if not torch.is_tensor(name)}

@@ -16,6 +16,8 @@ from autofit.training.recovery.faults import Record, Watch, free_memory
 from autofit.training.recovery.keeping import Common, Draws, Kept
 
 _ATTEMPTS = 2
+_NOT_EVEN = "optimizer.step does not fit, not even for one parameter after the other"
+_TWICE = "optimizer.step ran out of memory after {}: again it might do so twice"
 
 
 def all_or_nothing(optimizer: Optimizer, record: Record, moved: Callable[[], None] = lambda: None) -> None:
@@ -61,22 +63,18 @@ class _Step:
             if self._undoable(moving, "did it again"):
                 self._moved()
                 return
-        self._check_alone(moving)
-        each_alone(self._optimizer, moving, self._alone)
-
-    def _check_alone(self, moving: Sequence[torch.Tensor]) -> None:
-        why = None
         with Watch() as watch:
-            why = why_not_alone(self._optimizer, moving)
-        if watch.fault is not None:
-            self._record.oom(watch, "optimizer", "gave up")
-            raise OutOfBudget("optimizer.step does not fit")
-        if why is not None:
-            raise OutOfBudget(f"optimizer.step does not fit, and one parameter after the other is another step: {why}")
+            why = "hooks would run for each" if _has_hooks(self._optimizer) else why_not_alone(self._optimizer, moving)
+            if why is not None:
+                raise OutOfBudget(f"optimizer.step does not fit; one parameter after the other is another step: {why}")
+            each_alone(self._optimizer, moving, self._alone)
+            return
+        self._record.oom(watch, "optimizer", "gave up")
+        raise OutOfBudget(_NOT_EVEN)
 
     def _alone(self, parameter: torch.Tensor) -> None:
         if not any(self._undoable([parameter], "one by one") for _ in range(_ATTEMPTS)):
-            raise OutOfBudget("optimizer.step does not fit, not even for one parameter after the other")
+            raise OutOfBudget(_NOT_EVEN)
         self._moved()
 
     def _undoable(self, moving: Sequence[torch.Tensor], did: str) -> bool:
@@ -91,7 +89,8 @@ class _Step:
                 # Before there are states, on the host: on the device the states would be put around a hole.
                 values = p.detach().to("cpu", copy=True) if state is None else p.detach().clone()
                 kept.append((p, values, None if state is None else Kept(state, within=True)))
-        if watch.fault is None:
+        begun = watch.fault is None
+        if begun:
             with Watch() as watch:
                 self._genuine()
                 return True
@@ -110,13 +109,9 @@ class _Step:
         free_memory()
         self._record.oom(watch, "optimizer", did)
         if _versions(p.grad for p in moving) != gradients and not _only_reads_gradients(optimizer):
-            raise OutOfBudget(
-                "optimizer.step ran out of memory after it had changed gradients: again it might do twice"
-            )
-        if _has_hooks(optimizer):
-            raise OutOfBudget(
-                "optimizer.step ran out of memory, and has hooks, which may have run: they might do twice"
-            )
+            raise OutOfBudget(_TWICE.format("it had changed gradients"))
+        if begun and _has_hooks(optimizer):
+            raise OutOfBudget(_TWICE.format("hooks may have run"))
         return False
 
 

@@ -45,13 +45,19 @@ class Snapshot:
         self._trainer = trainer
         self._random = RandomStates()
         # Batch norm changes its statistics without counting a version, so copies and no comparison.
-        named = dict(model.named_buffers())
-        small = [buffer for buffer in named.values() if buffer.numel() < _LARGEST_BUFFER]
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in small]
-        large = {name: buffer for name, buffer in named.items() if buffer.numel() >= _LARGEST_BUFFER}
-        self._weights = [_Looked(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and not _is_quantized(p)}
-        self._others = [_Looked(n, t, _values(t)) for n, t in (frozen | large).items()]
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._weights: list[_Looked] = []
+        self._others: list[_Looked] = []
+        for name, buffer in model.named_buffers():
+            if buffer.numel() < _LARGEST_BUFFER:
+                self._buffers.append((buffer, buffer.detach().clone()))
+            else:
+                self._others.append(_Looked(name, buffer, _values(buffer)))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._weights.append(_Looked(name, parameter))
+            elif not _is_quantized(parameter):
+                self._others.append(_Looked(name, parameter, _values(parameter)))
         self._figures = {name: copy.deepcopy(getattr(trainer, name)) for name in _FIGURES if hasattr(trainer, name)}
 
     def restore(self, weights_moved: bool = False) -> None:

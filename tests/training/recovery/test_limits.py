@@ -153,8 +153,7 @@ def test_gpu_mem_holds_the_process_to_a_budget(made):
 def test_whole_runs_out_of_memory_at_each_allocation(run, tmp_path):
     """Of seven steps with saves and evaluations; where it is raised, the run goes on from its checkpoint."""
     given = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": examples()[:6], "save_total_limit": None}
-    expected, figures = run.undisturbed(**given), None
-    counted, raised, number = tmp_path / "count", 0, 0
+    expected, counted, raised = run.undisturbed(**given), tmp_path / "count", 0
 
     def count(ours):
         counter = FailingAllocations()
@@ -169,7 +168,7 @@ def test_whole_runs_out_of_memory_at_each_allocation(run, tmp_path):
 
     assert run(tmp_path / "whole", count, **given) == 0
     figures = logged(tmp_path / "whole")
-    assert len([line for line in figures if "eval_loss" in line]) == 3
+    assert len([line for line in figures if "eval_loss" in line]) == 4
     for number in range(int(counted.read_text())):
         folder = tmp_path / str(number)
 

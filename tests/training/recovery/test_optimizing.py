@@ -131,6 +131,17 @@ class Counts(Own):
         p.sub_(p.grad * self.rates[-1] * len(self.rates))
 
 
+class CountsInStates(Own):
+    """A state of no parameter."""
+
+    def begin(self, group, moving):
+        if group is self.param_groups[0]:
+            self.state["steps"] = self.state.get("steps", 0) + 1
+
+    def move(self, group, p, state):
+        p.sub_(p.grad / self.state["steps"])
+
+
 class Noisy(Own):
     def move(self, group, p, state):
         p.sub_((p.grad + torch.randn(p.shape)) * group["lr"])
@@ -211,7 +222,7 @@ def own_steps(cls, room=None, fail=(), groups=1, wrap=True, hook=False):
     return {n: p.detach().clone() for n, p in model.named_parameters()}, common, record, counter.count
 
 
-SEPARATE = [Own, ScheduleFree, Counts, Noisy, NoisyByItself]
+SEPARATE = [Own, ScheduleFree, Counts, CountsInStates, Noisy, NoisyByItself]
 
 
 @pytest.mark.parametrize("cls", SEPARATE)
@@ -257,8 +268,11 @@ def test_a_step_that_would_not_be_the_same_is_not_done(cls, why):
 def test_hooks_do_not_run_twice_unnoticed():
     expected = own_steps(Own, wrap=False)[0]
     assert same(own_steps(Own, hook=True)[0], expected)
-    with pytest.raises(OutOfBudget, match="has hooks"):
+    with pytest.raises(OutOfBudget, match="after hooks may have run"):
         own_steps(Own, hook=True, room=2000)
+    assert same(own_steps(Own, hook=True, fail={0})[0], expected)  # nothing had been done
+    with pytest.raises(OutOfBudget, match="hooks would run for each"):
+        own_steps(Own, hook=True, fail={0, 1})
 
 
 def test_what_cannot_be_tried_out_is_not_done():
