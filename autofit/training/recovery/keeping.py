@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
@@ -16,7 +17,7 @@ _NOT_OURS = ("_optimizer_", "_autofit")
 
 
 class Kept:
-    """A value at one moment: tensors, numbers and whatever holds them, an object's attributes, too, where asked.
+    """A value at one moment: tensors, arrays, numbers, what holds them and, where asked, the attributes of objects.
 
     Args:
         within: also look into objects.
@@ -30,6 +31,8 @@ class Kept:
             return
         if torch.is_tensor(value):
             self._copy = value.detach().clone()
+        elif isinstance(value, np.ndarray):
+            self._copy = value.copy()
         elif isinstance(value, dict):
             self._copy = {name: Kept(one, within, without) for name, one in value.items()}
         elif isinstance(value, (list, tuple)):
@@ -43,6 +46,8 @@ class Kept:
         if torch.is_tensor(kept):
             with torch.no_grad():
                 value.copy_(kept)
+        elif isinstance(kept, np.ndarray):
+            value[...] = kept
         elif isinstance(kept, dict):
             found = {name: one.restore() for name, one in kept.items()}
             value.clear()
@@ -62,6 +67,8 @@ class Kept:
             return False
         if torch.is_tensor(one):
             return one.shape == another.shape and _are_close(one, another, tolerance)
+        if isinstance(one, np.ndarray):
+            return np.array_equal(one, another)
         if isinstance(one, dict):
             return one.keys() == another.keys() and all(one[name].equals(another[name], tolerance) for name in one)
         if isinstance(one, list):

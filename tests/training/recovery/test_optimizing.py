@@ -1,5 +1,6 @@
 """An optimizer's step happens or does not; the one that is done again is the same, or it is not done."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -116,19 +117,20 @@ class ScheduleFree(Own):
 
 
 class Counts(Own):
-    """Attributes of its own: a number, and what a list holds."""
+    """Attributes of its own: a number, what a list holds, an array."""
 
     def __init__(self, params):
         super().__init__(params)
-        self.steps, self.rates = 0, []
+        self.steps, self.rates, self.twice = 0, [], np.zeros(2)
 
     def begin(self, group, moving):
         if group is self.param_groups[0]:
             self.steps += 1
             self.rates.append(1 / self.steps)
+            self.twice += 1
 
     def move(self, group, p, state):
-        p.sub_(p.grad * self.rates[-1] * len(self.rates))
+        p.sub_(p.grad * self.rates[-1] * len(self.rates) * float(self.twice[1]))
 
 
 class CountsInStates(Own):
