@@ -58,7 +58,7 @@ class StepTrainer(RedoesSteps, ClipsWhole, StopsOnSignals, WholeCheckpoints, Tra
         self.recovery = Record(args.output_dir)
         super().__init__(model=step.model, args=args, data_collator=collate_global_batch, **kwargs)
         if self.optimizer is not None:
-            all_or_nothing(self.optimizer, self.recovery)
+            all_or_nothing(self.optimizer, self.recovery, self._has_moved)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

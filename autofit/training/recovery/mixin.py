@@ -78,7 +78,7 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         self._window: _Window | None = None
         self._kind: LossKind | None = None
         if trainer.optimizer is not None:
-            all_or_nothing(trainer.optimizer, self.recovery)
+            all_or_nothing(trainer.optimizer, self.recovery, self._has_moved)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
@@ -104,12 +104,12 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The stock optimizer, whose step is all or nothing."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        all_or_nothing(optimizer, self.recovery)
+        all_or_nothing(optimizer, self.recovery, self._has_moved)
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of the next optimizer step."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._ranks is not None:
             share_buffers(self)
         self._window = _Window(batches)
@@ -139,6 +139,7 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         if window is None or window.seen >= len(window.batches) or window.batches[window.seen] is not inputs:
             if window is not None and window.seen == 0:
                 logger.warning_once(_UNCOVERED.format(type(self).__name__))
+            self._has_moved()  # buffers, perhaps, and those are not kept here
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         window.seen += 1
         if window.seen < len(window.batches):

@@ -105,7 +105,7 @@ class RedoesSteps:
             OutOfBudget: it does not fit in any way that leaves the result as it is.
         """
         trainer: Any = self
-        before = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
+        before = trainer._begun = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
         quiet = True
         while True:
             pieces = retried(self.recovery, "cut", lambda: work.pieces(self._most_tokens))
@@ -121,13 +121,15 @@ class RedoesSteps:
             del losses
             model.zero_grad()  # accelerate's optimizer.zero_grad does nothing within a step
             free_memory()
-            before.restore()
-            did = "freed memory and tried the same again" if quiet else self._learn(model, work, failed, before)
-            quiet = False
             about = {"pieces": len(pieces), "largest_tokens": max(piece.tokens for piece in pieces)}
-            self.recovery.oom(watch, "step", did or "gave up", step=trainer.state.global_step, **about)
+            did = None
+            try:
+                before.restore()
+                did = "freed memory and tried the same again" if quiet else self._learn(model, work, failed, before)
+            finally:
+                self.recovery.oom(watch, "step", did or "gave up", step=trainer.state.global_step, **about)
+            quiet = False
             if did is None:
-                trainer._save_last_step(model)
                 why = f"step {trainer.state.global_step + 1} does not fit: {work.why(failed)}"
                 raise OutOfBudget(f"{why}; {watch.fault}")
 

@@ -16,6 +16,7 @@ from autofit.errors import AutofitError, UsageError
 from autofit.space.units import format_bytes
 from autofit.training import checkpoints
 from autofit.training.recovery.faults import TIMES, Record, retried
+from autofit.training.recovery.giving_up import SavesLastStep
 from autofit.training.recovery.identity import first_difference, identity, samples_done
 from autofit.training.recovery.ranks import Ranks
 
@@ -27,7 +28,7 @@ _SMALL_FILES_BYTES = 64 * 2**20
 _TO_GO_ON = ("optimizer.pt", "scheduler.pt")
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(SavesLastStep):
     """Mixed into a trainer class, before it.
 
     The stock save writes into a folder beside the checkpoints, which becomes one by being renamed. At least two are
@@ -62,7 +63,7 @@ class WholeCheckpoints:
                 found = str(self._checkpoint_to_resume(resume_from_checkpoint, force_resume))
             if self._ranks is not None:
                 found = self._ranks.of_first("the checkpoint to go on from", found)
-        return super().train(found, *args, **kwargs)  # type: ignore[misc]
+        return super().train(found, *args, **kwargs)
 
     def _checkpoint_to_resume(self, asked: str | bool, forced: bool) -> Path:
         trainer: Any = self
@@ -128,14 +129,24 @@ class WholeCheckpoints:
         return ["rng_state.pth"] if self._ranks is None else [f"rng_state_{i}.pth" for i in range(self._ranks.count)]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The stock save; what it raises on one of several ranks waits until those have met, or they would wait."""
+        """The stock save, again after an out-of-memory.
+
+        What it raises on one of several ranks in a checkpoint waits until those have met, or they would wait.
+
+        Raises:
+            OutOfBudget: it does not fit.
+        """
         stock = super().save_model  # type: ignore[misc]
-        if self._ranks is None or self._staging is None:
+        # Within a checkpoint of one process all of that is done again.
+        times = 1 if self._ranks is None and self._staging is not None else TIMES
+        if times == 1:
             stock(output_dir, _internal_call=_internal_call)
             return
         try:
-            retried(self.recovery, "save", lambda: stock(output_dir, _internal_call=_internal_call))
+            retried(self.recovery, "save", lambda: stock(output_dir, _internal_call=_internal_call), times)
         except Exception as error:
+            if self._staging is None:
+                raise
             self._unsaved = error
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -188,24 +199,6 @@ class WholeCheckpoints:
         if self._to_push:
             self._to_push = False
             self._push_from_checkpoint(str(final))
-
-    def _save_last_step(self, model: nn.Module) -> None:
-        """A checkpoint of the last completed step, by a process that is about to give up in the next one.
-
-        None where the user wants none or there is one; with an epoch's first step, whose sampler has drawn its seed;
-        of several ranks, which do not all give up at this moment; or where it cannot be written.
-        """
-        trainer: Any = self
-        state = trainer.state
-        wanted = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
-        final = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
-        between = state.global_step > 0 and not float(state.epoch or 0).is_integer()
-        if not (wanted and between and self._ranks is None) or final.exists():
-            return
-        try:
-            self._save_checkpoint(model, None)
-        except (AutofitError, RuntimeError) as error:
-            self._warn_of_checkpoint(f"the last step could not be saved: {error}")
 
     def _stage_checkpoint(self, model: nn.Module, trial: Any, final: Path) -> None:
         trainer: Any = self

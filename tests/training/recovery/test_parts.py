@@ -6,7 +6,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch import nn
 from transformers import DataCollatorWithFlattening
 from trl import SFTConfig, SFTTrainer
 
@@ -14,62 +13,9 @@ from autofit.errors import OutOfBudget
 from autofit.step.tokenizer import byte_tokenizer
 from autofit.training.recovery.cutting import LossKind, cut, finer, measure_kind
 from autofit.training.recovery.faults import Record, Watch, retried
-from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.rows import can_be_cut, row_lengths, take, together, trained_items
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
 from tests.training.recovery.conftest import ARGUMENTS, FailingAllocations, examples, pad, same, weights
-
-
-def optimizer_and_model(**options):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
-    record = Record(None)
-    return model, optimizer, record
-
-
-def gradients(model, seed):
-    draw = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=draw)
-
-
-def stepped(fail=(), steps=3, wrap=True, **options):
-    model, optimizer, record = optimizer_and_model(**options)
-    if wrap:
-        all_or_nothing(optimizer, record)
-    counter = FailingAllocations(fail)
-    for step in range(steps):
-        gradients(model, step)
-        with counter:
-            optimizer.step()
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, record, counter.count
-
-
-@pytest.mark.parametrize(("options", "at_least"), [({}, 30), ({"fused": True}, 6)], ids=["plain", "fused"])
-def test_an_optimizer_s_step_is_all_or_nothing_at_each_allocation(options, at_least):
-    expected, _, _ = stepped(wrap=False, **options)
-    _, record, count = stepped(**options)
-    assert record.events == []
-    assert count >= at_least
-    for number in range(count):
-        found, record, _ = stepped({number}, **options)
-        assert same(expected, found), number
-        assert len(record.events) == 1
-
-
-def test_a_fused_step_needs_no_copies_once_it_has_states():
-    assert stepped(fail=(), steps=3, fused=True)[2] == stepped(fail=(), steps=1, fused=True)[2]
-
-
-def test_an_optimizer_s_step_goes_parameter_by_parameter_where_there_is_no_room():
-    expected, _, _ = stepped(wrap=False, steps=1)
-    for fails in ({0, 1}, {2, 5}, {9, 15}):
-        found, record, _ = stepped(fails, steps=1)
-        assert all(torch.allclose(expected[n], found[n], rtol=1e-6) for n in expected)
-        assert len(record.events) == 2
-    with pytest.raises(OutOfBudget, match=r"optimizer\.step does not fit"):
-        stepped(range(10_000), steps=1)
 
 
 def test_nothing_but_an_out_of_memory_is_swallowed():

@@ -1,6 +1,5 @@
 """An out-of-memory in the middle of training changes nothing in the result."""
 
-import copy
 import json
 import traceback
 
@@ -11,7 +10,6 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from autofit.errors import OutOfBudget, UsageError
 from autofit.memory.ledger import Ledger
-from autofit.training.recovery import faults, redoing
 from autofit.training.recovery.faults import Record, Watch
 from autofit.training.recovery.trainers import AutoFitTrainer
 from autofit.trial.record import requested_bytes
@@ -59,18 +57,20 @@ def where(error):
     """The stock function in which it came up."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}" for frame in frames]
-    inner = ("torch._compile", "torch._dynamo", "tests.")
+    inner = ("torch._compile", "torch._dynamo", "tests.", "autofit.memory.")
     return next(name for name in reversed(names) if not name.startswith(inner))
 
 
-def test_a_fault_at_any_allocation_of_a_step_changes_nothing(made):
+def test_a_fault_at_any_allocation_of_a_step_changes_nothing(made, with_dropout):
+    """Of a model with dropout: the same random numbers are drawn again, and none is left out."""
     counter = FailingAllocations(least=1)
-    stock = made(Trainer, max_steps=1)
+    stock = made(Trainer, with_dropout, max_steps=1)
     _, expected = trained(stock)
-    trained(made(AutoFitTrainer, max_steps=1), counter)
+    assert not same(expected, trained(made(Trainer, max_steps=1))[1])
+    trained(made(AutoFitTrainer, with_dropout, max_steps=1), counter)
     raised = {}
     for number in range(counter.count):
-        ours = made(AutoFitTrainer, max_steps=1)
+        ours = made(AutoFitTrainer, with_dropout, max_steps=1)
         try:
             _, found = trained(ours, FailingAllocations({number}, least=1))
         except torch.OutOfMemoryError as error:
@@ -105,47 +105,6 @@ def test_an_out_of_memory_in_the_fetch_is_raised_and_ends_no_epoch_early(made, t
     again = made(AutoFitTrainer, **{**given, "output_dir": str(folder)})
     again.train(resume_from_checkpoint=True if done else None)
     assert same(weights(again), expected)
-
-
-def test_under_a_limit_it_trains_on_or_says_that_it_cannot(made):
-    stock = made(Trainer)
-    start, expected = trained(stock)
-    ledger = Ledger()
-    whole = made(AutoFitTrainer)
-    ledger.hold([*whole.model.parameters(), *whole.model.buffers()])
-    held = ledger.live_bytes
-    trained(whole, ledger)
-    room = ledger.peak_bytes - held
-    outcomes = []
-    for share in (0.9, 0.7, 0.5, 0.35, 0.2, 0.05):
-        ours = made(AutoFitTrainer)
-        limited = Ledger(limit_bytes=None)
-        limited.hold([*ours.model.parameters(), *ours.model.buffers()])
-        limited.limit_bytes = limited.live_bytes + int(share * room)
-        try:
-            _, found = trained(ours, limited)
-        except (OutOfBudget, torch.OutOfMemoryError) as error:
-            outcomes.append(type(error).__name__)
-            continue
-        outcomes.append("trained")
-        assert farthest(expected, found, start) < 1e-5
-        assert [entry[2] for entry in losses(ours)] == [entry[2] for entry in losses(stock)]
-        assert [e["event"] for e in ours.recovery.events].count("oom") > 0
-    assert outcomes[:2] == ["trained", "trained"]
-    assert outcomes[-1] != "trained"
-
-
-def test_a_cut_grows_back(made, monkeypatch):
-    monkeypatch.setattr(redoing, "QUIET_STEPS", 2)
-    ours = made(AutoFitTrainer, max_steps=8)
-    counter = FailingAllocations()
-    trained(made(AutoFitTrainer, max_steps=1), counter)
-    middle = counter.count // 2
-    trained(ours, FailingAllocations({middle, middle + 60}))
-    kinds = [event["event"] for event in ours.recovery.events]
-    assert kinds.count("oom") == 2
-    assert kinds[-1] == "grow"
-    assert ours.recovery.events[-1]["most_tokens"] is None
 
 
 def mean_over_rows(outputs, labels, num_items_in_batch=None):
@@ -230,17 +189,6 @@ def test_events_are_kept_in_the_run_s_folder(made, tmp_path):
     assert summary[2] == f"all of it: {tmp_path / 'run' / 'events.jsonl'}"
 
 
-def test_an_allocator_that_strains_makes_the_next_steps_smaller(made, monkeypatch):
-    counts = iter([0, 1, 1, 2, 3, 3, 3])  # once is nothing; twice in a row is
-    monkeypatch.setattr(faults, "allocator_retries", lambda: next(counts))
-    start, expected = trained(made(Trainer, max_steps=7))
-    ours = made(AutoFitTrainer, max_steps=7)
-    _, found = trained(ours)
-    eased = [event for event in ours.recovery.events if event["event"] == "strain"]
-    assert [event["step"] for event in eased] == [4]
-    assert farthest(expected, found, start) < 1e-5
-
-
 def test_what_an_allocation_asked_for_is_on_record():
     record = Record(None)
     with Watch() as watch:
@@ -249,21 +197,6 @@ def test_what_an_allocation_asked_for_is_on_record():
     assert record.events[0]["requested_bytes"] == 896 * 2**20
     assert record.events[0]["did"] == "cut finer"
     assert Record(None).summary() == []
-
-
-def test_dropout_draws_the_same_again(made, tiny_llama):
-    model = copy.deepcopy(tiny_llama)
-    model.config.attention_dropout = 0.3
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.3
-    _, expected = trained(made(Trainer, model))
-    assert not same(expected, trained(made(Trainer))[1])
-    counter = FailingAllocations()
-    trained(made(AutoFitTrainer, model, max_steps=1), counter)
-    for number in range(counter.count // 4, counter.count, counter.count // 8):
-        ours = made(AutoFitTrainer, model)
-        assert same(trained(ours, FailingAllocations({number}))[1], expected)
-        assert len(ours.recovery.events) == 1
 
 
 def test_memory_is_flat_over_many_recoveries(made):
@@ -283,24 +216,6 @@ class _AtStepEnd(TrainerCallback):
 
     def on_step_end(self, *args, **kwargs):
         self.work()
-
-
-def test_gpu_mem_holds_the_process_to_a_budget(made):
-    start, expected = trained(made(Trainer))
-    ledger = Ledger()
-    whole = made(AutoFitTrainer)
-    ledger.hold([*whole.model.parameters(), *whole.model.buffers()])
-    held = ledger.live_bytes
-    trained(whole, ledger)
-    budget = f"{held + (ledger.peak_bytes - held) * 6 // 10}B"
-    ours = made(AutoFitTrainer, gpu_mem=budget)
-    _, found = trained(ours)
-    assert farthest(expected, found, start) < 1e-5
-    assert any(event["event"] == "oom" for event in ours.recovery.events)
-    with pytest.raises(UsageError, match=r"the model's weights alone take .* load it with quantization_config"):
-        made(AutoFitTrainer, gpu_mem="1000B")
-    with pytest.raises(UsageError, match="neither a size"):
-        made(AutoFitTrainer, gpu_mem="plenty")
 
 
 def test_checkpoints_are_the_stock_class_s_and_a_resumed_run_goes_on_as_it_would_have(made):
