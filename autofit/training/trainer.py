@@ -16,7 +16,7 @@ from autofit.space.candidate import Candidate
 from autofit.step.batch import Example, MicroBatch, micro_batches, trained_tokens
 from autofit.step.step import Step
 from autofit.training.recovery.clipping import ClipsWhole
-from autofit.training.recovery.faults import AGAIN, Record, Watch, free_memory
+from autofit.training.recovery.faults import AGAIN, Record, free_memory, held_bytes
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.redoing import RedoesSteps
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -57,6 +57,7 @@ class StepTrainer(RedoesSteps, ClipsWhole, StopsOnSignals, WholeCheckpoints, Tra
         self._tokens = {"tokens": 0, "padded_tokens": 0}
         self.recovery = Record(args.output_dir)
         super().__init__(model=step.model, args=args, data_collator=collate_global_batch, **kwargs)
+        self.recovery.holder = lambda: held_bytes(step.model, self.optimizer)
         if self.optimizer is not None:
             all_or_nothing(self.optimizer, self.recovery, self._has_moved)
 
@@ -95,7 +96,7 @@ class StepTrainer(RedoesSteps, ClipsWhole, StopsOnSignals, WholeCheckpoints, Tra
         examples = inputs["batch"].examples
         longest, again = max(len(example["input_ids"]) for example in examples), False
         while True:
-            with Watch() as watch:
+            with self.recovery.watch() as watch:
                 batches = micro_batches(examples, self._eval_budget, self.pad_token_id, self.candidate.layout)
                 losses = []
                 for batch in batches:

@@ -9,7 +9,7 @@ from torch import nn
 
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.cutting import LossKind, is_cuttable, measure_kind, weight_of
-from autofit.training.recovery.faults import AGAIN, Record, Watch, free_memory, retried
+from autofit.training.recovery.faults import AGAIN, Record, free_memory, retried
 from autofit.training.recovery.figures import agree_with_figures, local_figures
 from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.rows import can_be_cut, count_rows, take_whole
@@ -55,7 +55,7 @@ class RecoveringEvaluation:
         before, again = Snapshot(self, model), False
         while True:
             most = min(rows, self._eval_rows or rows)
-            with Watch() as watch:
+            with self.recovery.watch() as watch:
                 if most >= rows or not can_be_cut(inputs):
                     return stock(model, inputs, prediction_loss_only, ignore_keys)
                 parts = [take_whole(inputs, start, min(start + most, rows)) for start in range(0, rows, most)]
@@ -118,7 +118,7 @@ class RecoveringEvaluation:
         before, steps = Snapshot(self, trainer.model), trainer.args.eval_accumulation_steps
         try:
             for _ in range(_PASSES):
-                with Watch() as watch:
+                with self.recovery.watch() as watch:
                     return stock(*args, **kwargs)
                 free_memory()
                 before.restore()

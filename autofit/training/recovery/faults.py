@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ TIMES = 3
 # What is done about a first out-of-memory, which may have been another process's.
 AGAIN = "freed memory and tried the same again"
 # What an estimate of a step is about.
-_OF_STEP = ("step", "optimizer", "clipping")
+_OF_STEP = ("step", "forward", "backward", "loss", "optimizer", "clipping")
 
 
 class Watch:
@@ -38,11 +39,13 @@ class Watch:
 
     Attributes:
         fault: the out-of-memory's message; None where there was none.
+        within: "forward", "backward" or "loss"; None where it was in none of them.
         about: of a fault: the bytes it asked for, what held the memory, and the seconds that were lost.
     """
 
     def __init__(self, held: Callable[[], dict[str, int]] | None = None) -> None:
         self.fault: str | None = None
+        self.within: str | None = None
         self.about: dict[str, Any] = {}
         self._held = held
         self._begun = 0.0
@@ -57,6 +60,7 @@ class Watch:
         if error is None or isinstance(error, OutOfBudget) or classify_exception(error) is None:
             return False
         self.fault = " ".join(str(error).split())[:200] or type(error).__name__
+        self.within = _pass_of(trace)
         self.about = {
             "requested_bytes": requested_bytes(str(error)),
             "seconds": round(time.monotonic() - self._begun, 3),
@@ -64,6 +68,17 @@ class Watch:
         if self._held is not None:
             self.about["held_bytes"] = self._held()
         return True
+
+
+def _pass_of(trace: TracebackType | None) -> str | None:
+    """Which pass of a step failed; what a backward pass recomputes is its own."""
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(trace)]
+    for name in names:
+        if name == "backward":
+            return "backward"
+        if name == "_call_impl":  # of a module
+            return "forward"
+    return "loss" if "compute_loss" in names else None
 
 
 def allocator_retries() -> int:
@@ -131,14 +146,20 @@ class Record:
 
     Attributes:
         estimated_bytes: the breakdown of what a step was estimated to need; None where it was not estimated.
+        holder: measures what holds the device's memory, see `held_bytes`.
     """
 
     estimated_bytes: Mapping[str, int] | None = None
+    holder: Callable[[], dict[str, int]] | None = None
 
     def __init__(self, folder: str | None, **always: Any) -> None:
         self.events: list[dict[str, Any]] = []
         self._always = always
         self._file = None if folder is None else Path(folder) / "events.jsonl"
+
+    def watch(self) -> Watch:
+        """A watch that also measures what held the memory."""
+        return Watch(self.holder)
 
     def oom(self, watch: Watch, phase: str, did: str, **about: Any) -> None:
         """An out-of-memory, and what was done about it; one of a step beside what that was estimated to need."""
@@ -181,7 +202,7 @@ def retried(record: Record, phase: str, work: Callable[[], Any], times: int = TI
         OutOfBudget: it ran out of memory each time.
     """
     for _ in range(times):
-        with Watch() as watch:
+        with record.watch() as watch:
             return work()
         free_memory()
         record.oom(watch, phase, "freed memory and tried again")

@@ -17,7 +17,7 @@ from autofit.training.recovery.budgeted import HeldToBudget
 from autofit.training.recovery.clipping import ClipsWhole
 from autofit.training.recovery.cutting import LossKind, Piece, cut, finer
 from autofit.training.recovery.evaluating import RecoveringEvaluation
-from autofit.training.recovery.faults import Record, Watch, retried
+from autofit.training.recovery.faults import Record, Watch, held_bytes, retried
 from autofit.training.recovery.measuring import measured_kind
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.ranks import Ranks
@@ -74,6 +74,7 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         check_trainer(trainer)
         self._ranks = Ranks(trainer) if trainer.args.world_size > 1 else None
         self.recovery = Record(trainer.args.output_dir, **({} if self._ranks is None else {"rank": self._ranks.rank}))
+        self.recovery.holder = lambda: held_bytes(trainer.model, trainer.optimizer)
         self._hold_to(gpu_mem)
         self._window: _Window | None = None
         self._kind: LossKind | None = None
@@ -84,10 +85,11 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
         together = contextlib.nullcontext() if self._ranks is None else self._ranks.together("training")
         with together, self._within_budget():
-            result = super().train(*args, **kwargs)
-        for line in self.recovery.summary():
-            logger.warning(line)
-        return result
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                for line in self.recovery.summary():
+                    logger.warning(line)
 
     # The seams of the stock loop
 
@@ -254,6 +256,10 @@ class _Cut:
         if self.trainer._kind is LossKind.WHOLE:
             return "the loss takes all rows of a micro-batch together, so it cannot be cut"
         if count_rows(failed.batch) > 1:
-            found = "could not be measured" if self.trainer._kind is None else "leaves out rows without a label"
-            return f"{failed.tokens} tokens are too many and cannot be cut: its loss {found}"
+            found = "its loss leaves out rows without a label"
+            if not can_be_cut(failed.batch):
+                found = "not every value of the batch belongs to one of its rows"
+            elif self.trainer._kind is None:
+                found = "its loss could not be measured"
+            return f"{failed.tokens} tokens are too many and cannot be cut: {found}"
         return f"a single row of {failed.tokens} tokens is too much"

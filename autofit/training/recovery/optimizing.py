@@ -12,7 +12,7 @@ from torch.optim import optimizer as of_torch
 
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.alone import each_alone, is_known, why_not_alone
-from autofit.training.recovery.faults import Record, Watch, free_memory
+from autofit.training.recovery.faults import Record, free_memory
 from autofit.training.recovery.keeping import Common, Draws, Kept
 
 _ATTEMPTS = 2
@@ -63,7 +63,7 @@ class _Step:
             if self._undoable(moving, "did it again"):
                 self._moved()
                 return
-        with Watch() as watch:
+        with self._record.watch() as watch:
             why = "hooks would run for each" if _has_hooks(self._optimizer) else why_not_alone(self._optimizer, moving)
             if why is not None:
                 raise OutOfBudget(f"optimizer.step does not fit; one parameter after the other is another step: {why}")
@@ -82,7 +82,7 @@ class _Step:
         optimizer = self._optimizer
         kept: list[tuple[torch.Tensor, torch.Tensor, Kept | None]] = []
         versions, gradients = _versions(moving), _versions(p.grad for p in moving)
-        with Watch() as watch:
+        with self._record.watch() as watch:
             draws, common = Draws(optimizer), Common(optimizer)
             for p in [] if _takes_nothing(optimizer, moving) else moving:
                 state = optimizer.state.get(p)
@@ -91,7 +91,7 @@ class _Step:
                 kept.append((p, values, None if state is None else Kept(state, within=True)))
         begun = watch.fault is None
         if begun:
-            with Watch() as watch:
+            with self._record.watch() as watch:
                 self._genuine()
                 return True
             if not kept and _versions(moving) != versions:

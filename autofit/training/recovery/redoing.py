@@ -13,7 +13,7 @@ from torch import nn
 
 from autofit.errors import OutOfBudget
 from autofit.step.recomputing import keeps_some, recomputing
-from autofit.training.recovery.faults import QUIET_STEPS, Record, Strain, Watch, free_memory, held_bytes, retried
+from autofit.training.recovery.faults import AGAIN, QUIET_STEPS, Record, Strain, Watch, free_memory, retried
 from autofit.training.recovery.undo import Snapshot
 
 
@@ -90,6 +90,7 @@ class RedoesSteps:
         self._most_tokens = self._planned_tokens = None
         self._frugal = self._planned_frugal = _Frugal()
         self._quiet = 0
+        self._fitted_tokens = 0
         self._strain = Strain()
         super().__init__(*args, **kwargs)
 
@@ -106,16 +107,18 @@ class RedoesSteps:
         """
         trainer: Any = self
         before = trainer._begun = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
-        quiet = True
+        tried: list[str] = []
         while True:
             pieces = retried(self.recovery, "cut", lambda: work.pieces(self._most_tokens))
             losses: list[torch.Tensor] = []
-            with Watch(lambda: held_bytes(model, trainer.optimizer)) as watch:
+            with self.recovery.watch() as watch:
                 for piece in pieces:
-                    with self._frugal.around(model, piece.tokens):
+                    tokens = piece.tokens
+                    with self._frugal.around(model, tokens):
                         losses.append(work.run(piece))
+                    self._fitted_tokens = max(self._fitted_tokens, tokens)
             if watch.fault is None:
-                self._after_step(work, pieces, quiet)
+                self._after_step(work, pieces, quiet=not tried)
                 return pieces, losses
             failed = pieces[min(len(losses), len(pieces) - 1)]
             del losses
@@ -125,13 +128,24 @@ class RedoesSteps:
             did = None
             try:
                 before.restore()
-                did = "freed memory and tried the same again" if quiet else self._learn(model, work, failed, before)
+                did = self._learn(model, work, failed, before) if tried else AGAIN
             finally:
-                self.recovery.oom(watch, "step", did or "gave up", step=trainer.state.global_step, **about)
-            quiet = False
+                phase = watch.within or "step"
+                self.recovery.oom(watch, phase, did or "gave up", step=trainer.state.global_step, **about)
             if did is None:
-                why = f"step {trainer.state.global_step + 1} does not fit: {work.why(failed)}"
-                raise OutOfBudget(f"{why}; {watch.fault}")
+                raise OutOfBudget(self._out_of_options(work.why(failed), tried, watch))
+            tried.append(did)
+
+    def _out_of_options(self, why: str, tried: list[str], watch: Watch) -> str:
+        """What did not fit, what was tried, and what would fit."""
+        trainer: Any = self
+        fitted = "nothing of its kind has fitted yet: give more memory, or load the model in fewer bits"
+        if self._fitted_tokens:
+            fitted = (
+                f"up to {self._fitted_tokens} tokens at once have fitted: make sequences shorter, or give more memory"
+            )
+        step = trainer.state.global_step + 1
+        return f"step {step} does not fit: {why}; tried: {', '.join(tried)}; {fitted}; {watch.fault}"
 
     def _learn(self, model: nn.Module, work: Work, failed: Any, before: Snapshot) -> str | None:
         """Makes the next attempt need less, and says how; None where nothing does."""

@@ -177,14 +177,14 @@ def test_events_are_kept_in_the_run_s_folder(made, tmp_path):
     (line,) = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     event = json.loads(line)
     assert event == ours.recovery.events[0]
-    assert event["phase"] == "step"
+    assert event["phase"] == "forward"
     assert event["seconds"] > 0
     assert event["held_bytes"]["weights"] == sum(p.nbytes for p in ours.model.parameters()) + sum(
         buffer.nbytes for buffer in ours.model.buffers()
     )
     assert event["held_bytes"]["gradients"] >= 0
     summary = ours.recovery.summary()
-    assert summary[0] == "out of memory 1 times: 1 in step"
+    assert summary[0] == "out of memory 1 times: 1 in forward"
     assert summary[1].startswith("the last time: freed memory and tried the same again; ")
     assert summary[2] == f"all of it: {tmp_path / 'run' / 'events.jsonl'}"
 
