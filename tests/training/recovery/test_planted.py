@@ -118,12 +118,12 @@ def keep_gradients(monkeypatch):
 
 
 def undo_no_step(monkeypatch):
-    def undoable(optimizer, genuine, moving, record, did):
+    def undoable(step, moving, did):
         with faults.Watch() as watch:
-            genuine()
+            step._genuine()
         return watch.fault is None
 
-    monkeypatch.setattr(optimizing, "_undoable", undoable)
+    monkeypatch.setattr(optimizing._Step, "_undoable", undoable)
 
 
 def restore_nothing(monkeypatch):
