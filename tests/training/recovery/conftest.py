@@ -1,7 +1,6 @@
 """A tiny Llama and data of all lengths, stock trainers and ours on them, and faults."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -52,18 +51,6 @@ def pad(rows):
 def examples():
     draw = torch.Generator().manual_seed(7)
     return [{"input_ids": torch.randint(1, 64, (length,), generator=draw).tolist()} for length in LENGTHS]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick():
-    """One thread, for models this small; and a collector that need not go through all that was ever imported."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
