@@ -2,8 +2,9 @@
 
     python benchmarks/recovery_overhead.py --out benchmarks/results/recovery_overhead.json
 
-The same training of a small Llama on one CPU thread, in turns; the CPU time of a step, and the difference as a share of
-a step of 100 ms. Exit code 5 where that is more than 1 %.
+The same trainings of two small models on one CPU thread, in turns: a Llama of 4 layers, and a chain of tiny linears
+that has as many tensors, trained and frozen, as an 8B with adapters. The CPU time of a step, and the difference as a
+share of a step of 100 ms. Exit code 5 where that is more than 1 %.
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from autofit import AutoFitTrainer
 from autofit.training.workspace import environment
 
-ROUNDS, STEPS = 8, 60
+ROUNDS, STEPS = 12, 60
 STEP_SECONDS, BOUND = 0.1, 0.01
+# Of Llama-3-8B with LoRA on all linears: its own tensors, and those of the adapters.
+FROZEN, TRAINED = 291, 448
 
 
-def step_seconds(cls: type[Trainer]) -> float:
-    """CPU seconds of one optimizer step of two micro-batches."""
-    torch.manual_seed(0)
+def llama() -> nn.Module:
     config = LlamaConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -38,9 +42,31 @@ def step_seconds(cls: type[Trainer]) -> float:
         num_key_value_heads=2,
         vocab_size=512,
     )
+    return LlamaForCausalLM(config)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(FROZEN + TRAINED))
+        for linear in self.linears[:FROZEN]:
+            linear.requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = input_ids[:, :4].float()
+        for linear in self.linears:
+            states = linear(states)
+        return {"loss": states.sum()}
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"Llama of 4 layers": llama, "739 tensors": Chain}
+
+
+def step_seconds(cls: type[Trainer], model: nn.Module) -> float:
+    """CPU seconds of one optimizer step of two micro-batches."""
     rows = [{"input_ids": list(range(i, i + 48)), "labels": list(range(i, i + 48))} for i in range(64)]
     trainer = cls(
-        model=LlamaForCausalLM(config),
+        model=model,
         args=TrainingArguments(
             output_dir=tempfile.mkdtemp(),
             per_device_train_batch_size=2,
@@ -60,29 +86,41 @@ def step_seconds(cls: type[Trainer]) -> float:
     return (time.process_time() - begun) / STEPS
 
 
+def compared(make: Callable[[], nn.Module]) -> dict[str, Any]:
+    """Both classes in turns."""
+
+    def one(cls: type[Trainer]) -> float:
+        torch.manual_seed(0)
+        return step_seconds(cls, make())
+
+    one(AutoFitTrainer)  # warm
+    pairs = [(one(Trainer), one(AutoFitTrainer)) for _ in range(ROUNDS)]
+    stock, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
+    extra = statistics.median(b - a for a, b in pairs)
+    return {
+        "stock_step_seconds": stock,
+        "autofit_step_seconds": ours,
+        "extra_seconds": extra,
+        "share_of_100_ms": extra / STEP_SECONDS,
+        "pairs": pairs,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()
-    step_seconds(AutoFitTrainer)  # warm
-    pairs = [(step_seconds(Trainer), step_seconds(AutoFitTrainer)) for _ in range(ROUNDS)]
-    stock, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
-    extra = statistics.median(b - a for a, b in pairs)
-    found = {
-        "stock_step_seconds": stock,
-        "autofit_step_seconds": ours,
-        "extra_seconds": extra,
-        "share_of_100_ms": extra / STEP_SECONDS,
-        "pairs": pairs,
-        "environment": environment(),
-    }
-    print(
-        f"a step: {1e3 * stock:.2f} ms stock, {1e3 * extra:+.2f} ms with recovery: {extra / STEP_SECONDS:.2%} of 100 ms"
-    )
-    asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    sys.exit(5 if extra / STEP_SECONDS > BOUND else 0)
+    found = {}
+    for name, make in MODELS.items():
+        found[name] = one = compared(make)
+        print(
+            f"{name}: a step of {1e3 * one['stock_step_seconds']:.2f} ms, {1e3 * one['extra_seconds']:+.2f} ms with "
+            f"recovery: {one['share_of_100_ms']:.2%} of 100 ms"
+        )
+    asked.out.write_text(json.dumps({**found, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
+    sys.exit(5 if any(one["share_of_100_ms"] > BOUND for one in found.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -43,13 +43,16 @@ def _in_parts(accelerator: Any, record: Record) -> Iterator[None]:
     """
 
     def clip(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        moving = [p for p in parameters if p.grad is not None]
-        _unscale(accelerator, {_kind(p) for p in moving}, record)
-        norm = _again(
-            record, lambda: nn.utils.get_total_norm([p.grad for p in moving if p.grad is not None], norm_type)
-        )
-        for kind in dict.fromkeys(map(_kind, moving)):
-            alike = [p for p in moving if _kind(p) == kind]
+        gradients = []
+        kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is not None:
+                gradients.append(gradient)
+                kinds.setdefault((gradient.device, gradient.dtype), []).append(parameter)
+        _unscale(accelerator, len(kinds), record)
+        norm = _again(record, lambda: nn.utils.get_total_norm(gradients, norm_type))
+        for alike in kinds.values():
             _again(record, lambda alike=alike: nn.utils.clip_grads_with_norm_(alike, max_norm, norm))  # type: ignore[misc]
         return norm
 
@@ -64,19 +67,13 @@ def _again(record: Record, work: Callable[[], Any]) -> Any:
     return retried(record, "clipping", work)
 
 
-def _kind(parameter: torch.Tensor) -> tuple[torch.device, torch.dtype]:
-    gradient = parameter.grad
-    assert gradient is not None
-    return gradient.device, gradient.dtype
-
-
-def _unscale(accelerator: Any, kinds: set[tuple[torch.device, torch.dtype]], record: Record) -> None:
+def _unscale(accelerator: Any, kinds: int, record: Record) -> None:
     """Takes the loss's scale out of the gradients; does nothing without one.
 
     Raises:
         OutOfBudget: also where it failed with gradients of several types: some may have been divided.
     """
-    if len(kinds) <= 1:
+    if kinds <= 1:
         _again(record, accelerator.unscale_gradients)
         return
     with Watch() as watch:

@@ -83,7 +83,8 @@ class _Step:
         kept: list[tuple[torch.Tensor, torch.Tensor, Kept | None]] = []
         versions, gradients = _versions(moving), _versions(p.grad for p in moving)
         with self._record.watch() as watch:
-            draws, common = Draws(optimizer), Common(optimizer)
+            # Of torch's none draws a number, or changes what its parameters have in common.
+            others: list[Common | Draws] = [] if _is_torch_s(optimizer) else [Common(optimizer), Draws(optimizer)]
             for p in [] if _takes_nothing(optimizer, moving) else moving:
                 state = optimizer.state.get(p)
                 # Before there are states, on the host: on the device the states would be put around a hole.
@@ -103,8 +104,8 @@ class _Step:
                     optimizer.state.pop(p, None)
                 else:
                     optimizer.state[p] = state.restore()
-            common.restore()
-            draws.restore()
+            for other in others:
+                other.restore()
         kept.clear()
         free_memory()
         self._record.oom(watch, "optimizer", did)
@@ -113,6 +114,10 @@ class _Step:
         if begun and _has_hooks(optimizer):
             raise OutOfBudget(_TWICE.format("hooks may have run"))
         return False
+
+
+def _is_torch_s(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def _versions(tensors: Any) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -42,22 +44,13 @@ class Snapshot:
     """Random states, buffers and running figures of a trainer at one moment."""
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
-        self._trainer = trainer
+        self._trainer, self._model = trainer, model
         self._random = RandomStates()
+        self._listed = _listed(model)
         # Batch norm changes its statistics without counting a version, so copies and no comparison.
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._weights: list[_Looked] = []
-        self._others: list[_Looked] = []
-        for name, buffer in model.named_buffers():
-            if buffer.numel() < _LARGEST_BUFFER:
-                self._buffers.append((buffer, buffer.detach().clone()))
-            else:
-                self._others.append(_Looked(name, buffer, _values(buffer)))
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self._weights.append(_Looked(name, parameter))
-            elif not _is_quantized(parameter):
-                self._others.append(_Looked(name, parameter, _values(parameter)))
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in self._listed.small_buffers()]
+        self._weights = _Marks(self._listed.trained)
+        self._others = self._listed.look()
         self._figures = {name: copy.deepcopy(getattr(trainer, name)) for name in _FIGURES if hasattr(trainer, name)}
 
     def restore(self, weights_moved: bool = False) -> None:
@@ -78,30 +71,114 @@ class Snapshot:
         if hasattr(offloading, "tracker"):  # TRL's, in the middle of a pass
             offloading.tracker.clear()
             offloading.is_first_forward_call = True
-        changed = [one.name for one in (*self._others, *([] if weights_moved else self._weights)) if one.has_changed()]
+        new = self._listed.unlisted(self._model)
+        if new:
+            _LISTED.pop(self._model, None)
+            raise OutOfBudget(f"{new[0]} was not there as the step began: how it was then is not known")
+        changed = [] if weights_moved else self._weights.changed()
+        changed += self._listed.written_to() + self._others.changed()
         if changed:
+            _LISTED.pop(self._model, None)
             raise OutOfBudget(f"{changed[0]} changes in the forward pass and is not kept: again it would change twice")
 
 
-class _Looked:
-    """A tensor of which no copy is kept: whether it is written to after this moment.
+class _Marks:
+    """How tensors are at one moment, going by what costs nothing: the versions that writes count, and addresses."""
 
-    Writes to its `data` count no version; some of its values tell of those that are to all of it.
+    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+        self._named = named
+        self.versions = [tensor._version for tensor in named.values()]
+        self.addresses = [tensor.data_ptr() for tensor in named.values()]
+        first = next(iter(named.values()), None)
+        self._kind = None if first is None else (first.dtype, first.device)
+
+    def changed(self) -> list[str]:
+        """Names of those that are no longer so; of none where all were cast or moved, as for an evaluation."""
+        now = _Marks(self._named)
+        if now._kind != self._kind or now.as_before(self):
+            return []
+        before = zip(self._named, self.versions, self.addresses, now.versions, now.addresses, strict=True)
+        return [name for name, *old, version, address in before if old != [version, address]]
+
+    def as_before(self, other: _Marks) -> bool:
+        return self.versions == other.versions and self.addresses == other.addresses
+
+
+class _Listed:
+    """A model's tensors, listed once, for most of its modules have none; and how those were of which no copy is kept.
+
+    Attributes:
+        trained: the weights that are, by name.
     """
 
-    def __init__(self, name: str, tensor: torch.Tensor, values: torch.Tensor | None = None) -> None:
-        self.name = name
-        self._tensor, self._version, self._values = tensor, tensor._version, values
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(model.named_parameters(remove_duplicate=False))
+        self._known = {id(p) for _, p in parameters}
+        self._with_buffers = {name: m for name, m in model.named_modules() if m._buffers}
+        self.trained = {name: p for name, p in parameters if p.requires_grad}
+        large: dict[str, torch.Tensor] = {name: b for name, b in model.named_buffers() if b.numel() >= _LARGEST_BUFFER}
+        frozen = {name: p for name, p in parameters if not p.requires_grad and not _is_quantized(p)}
+        self._others = frozen | large
+        self._marks = _Marks(self._others)
+        self._looked = [_Looked(name, tensor) for name, tensor in self._others.items()]
+
+    def small_buffers(self) -> Iterator[torch.Tensor]:
+        """Those that are copied; modules put others in their place."""
+        for module in self._with_buffers.values():
+            for buffer in module._buffers.values():
+                if buffer is not None and buffer.numel() < _LARGEST_BUFFER:
+                    yield buffer
+
+    def look(self) -> _Marks:
+        """How the others are at this moment; at those that changed since the last one a closer look is taken."""
+        now = _Marks(self._others)
+        if not now.as_before(self._marks):
+            before = zip(self._marks.versions, self._marks.addresses, now.versions, now.addresses, strict=True)
+            for number, (*old, version, address) in enumerate(before):
+                if old != [version, address]:
+                    looked = self._looked[number]
+                    self._looked[number] = _Looked(looked.name, looked.tensor)
+        self._marks = now
+        return now
+
+    def written_to(self) -> list[str]:
+        """Names of the others that are not as in the last close look, though they seem so."""
+        return [looked.name for looked in self._looked if looked.has_changed()]
+
+    def unlisted(self, model: nn.Module) -> list[str]:
+        """Parameters, and modules with buffers, that came later."""
+        new = [name for name, p in model.named_parameters() if id(p) not in self._known]
+        with_buffers = [name for name, module in model.named_modules() if module._buffers]
+        return new + [name for name in with_buffers if name not in self._with_buffers]
+
+
+_LISTED: WeakKeyDictionary[nn.Module, _Listed] = WeakKeyDictionary()
+
+
+def _listed(model: nn.Module) -> _Listed:
+    found = _LISTED.get(model)
+    if found is None:
+        found = _LISTED[model] = _Listed(model)
+    return found
+
+
+class _Looked:
+    """A tensor of which no copy is kept: writes to its `data` count no version, and addresses come again.
+
+    Some of its values tell of writes to all of it.
+    """
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.name, self.tensor = name, tensor
         self._kind = (tensor.dtype, tensor.device)
-        # Addresses alone come again; this one does not while the reference is there, which keeps no data.
+        self._values = _values(tensor)
+        # Its address does not come again while there is this reference, which keeps no data.
         self._storage = StorageWeakRef(tensor.untyped_storage()) if _is_plain(tensor) else None
 
     def has_changed(self) -> bool:
-        tensor = self._tensor
+        tensor = self.tensor
         if (tensor.dtype, tensor.device) != self._kind:
-            return False  # the whole model was cast or moved, as for an evaluation in half precision
-        if tensor._version != self._version:
-            return True
+            return False  # the whole model was cast or moved
         if self._storage is not None and StorageWeakRef(tensor.untyped_storage()) != self._storage:
             return True
         now = None if self._values is None else _values(tensor)
@@ -122,6 +199,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
 
 
-def _is_quantized(parameter: nn.Parameter) -> bool:
+def _is_quantized(parameter: torch.Tensor) -> bool:
     """Those of bitsandbytes are laid out anew as they are first used, and trained by nobody."""
     return type(parameter).__module__.startswith("bitsandbytes")

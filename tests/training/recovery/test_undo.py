@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.redoing import Thrift
@@ -61,8 +61,9 @@ def weights_themselves(model, x):
 def trained(cls, folder, changes, fail=(), **given):
     draw = torch.Generator().manual_seed(1)
     data = [{"x": torch.randn(32, generator=draw), "labels": number} for number in range(32)]
+    callbacks = given.pop("callbacks", None)
     arguments = {**ARGUMENTS, "output_dir": str(folder), "per_device_train_batch_size": 8, **given}
-    trainer = cls(model=Model(changes), args=TrainingArguments(**arguments), train_dataset=data)
+    trainer = cls(model=Model(changes), args=TrainingArguments(**arguments), train_dataset=data, callbacks=callbacks)
     with FailingAllocations(fail) as counter:
         trainer.train()
     return trainer, counter.count
@@ -109,6 +110,35 @@ def test_what_is_kept_may_change(tmp_path, monkeypatch):
             assert same(weights(trained(AutoFitTrainer, tmp_path, queue, {number})[0]), expected)
             seen += 1
     assert seen > 20
+
+
+class Follows(TrainerCallback):
+    """A teacher that follows between steps."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for one, other in zip(model.teacher.parameters(), model.student.parameters(), strict=True):
+                one.mul_(0.5).add_(other, alpha=0.5)
+
+
+def test_what_changes_between_steps_may_change(tmp_path):
+    def run(cls, fail=()):
+        return trained(cls, tmp_path, nothing, fail, callbacks=[Follows()])
+
+    expected = weights(run(Trainer)[0])
+    _, count = run(AutoFitTrainer)
+    ours, _ = run(AutoFitTrainer, {count * 2 // 3})
+    assert same(weights(ours), expected)
+    assert [event["event"] for event in ours.recovery.events] == ["oom"]
+
+
+def test_a_module_that_came_in_the_midst_is_not_known(tmp_path):
+    model = Model(nothing)
+    before = Snapshot(None, model)
+    model.late = nn.Linear(2, 2)
+    with pytest.raises(OutOfBudget, match=r"late\.weight was not there as the step began"):
+        before.restore()
+    Snapshot(None, model).restore()
 
 
 def test_a_model_in_four_bits_is_not_said_to_change(tiny_llama, tiny_model, tmp_path):
