@@ -15,9 +15,9 @@ from autofit.errors import UsageError
 from autofit.training import checkpoints
 from autofit.training.checkpoints import prune, publish, recover, stage, verify
 from autofit.training.recovery.trainers import AutoFitTrainer
-from tests.training.recovery.conftest import examples, made, quick, same, tiny_llama, weights
+from tests.training.recovery.conftest import examples, made, same, tiny_llama, weights
 
-__all__ = ["made", "quick", "tiny_llama"]
+__all__ = ["made", "tiny_llama"]
 
 RUN = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 
