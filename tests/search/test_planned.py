@@ -101,7 +101,7 @@ def test_a_constant_error_of_a_few_percents_is_corrected(seed: int) -> None:
     space, landscape, estimates = off_by_percents(random.Random(seed))
     outcome = search(space, landscape, estimates)
     fitting = first_rung_that_fits(space, landscape)
-    assert len(outcome.trials) <= 4
+    assert len(outcome.trials) <= 5  # seldom more than two: see below
     if fitting is None:
         assert outcome.winner is None
         return
