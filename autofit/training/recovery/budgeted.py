@@ -60,7 +60,8 @@ class HeldToBudget(RedoesSteps):
 
     @contextlib.contextmanager
     def _within_budget(self) -> Iterator[None]:
-        with contextlib.nullcontext() if self._cap is None else self._cap.held():
+        trainer: Any = self
+        with contextlib.nullcontext() if self._cap is None else self._cap.held(trainer.model):
             yield
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

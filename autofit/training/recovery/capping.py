@@ -34,7 +34,6 @@ class Cap:
     """
 
     def __init__(self, gpu_mem: str, model: nn.Module, device: torch.device) -> None:
-        self._model = model
         self.device = detect_device() if device.type == "cuda" else cpu_facts()
         self.usable_bytes = make_budget(gpu_mem, self.device).usable_bytes
         self._context_bytes = 0
@@ -48,13 +47,15 @@ class Cap:
             )
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """While it is open, what goes beyond runs out of memory."""
+    def held(self, model: nn.Module) -> Iterator[None]:
+        """While it is open, what goes beyond runs out of memory; the model is there already."""
         if self.device.type == "cpu":
             with open_meter("cpu", self.usable_bytes) as meter:
-                meter.hold([*self._model.parameters(), *self._model.buffers()])
+                meter.hold([*model.parameters(), *model.buffers()])
+                del model  # `model_init` makes another
                 yield
             return
+        del model
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, (self.usable_bytes - self._context_bytes) / total))

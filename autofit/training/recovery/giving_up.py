@@ -42,7 +42,7 @@ class SavesLastStep:
         self._done = (trainer.state.num_input_tokens_seen, trainer.current_flos)
         self._begun = RandomStates()
         found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        self._begun = None  # what goes on from a checkpoint has its random numbers after the first fetch
+        self._begun = None  # until the step has looked what it begins with
         return found
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,9 @@
 """A loaded model under a budget: its first step already runs in a way that fits, and nothing else about it changes."""
 
 import contextlib
+import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.training_args import OptimizerNames
@@ -22,7 +26,7 @@ from autofit.memory.ledger import Ledger
 from autofit.training.recovery import foresight, redoing
 from autofit.training.recovery.redoing import Thrift
 from autofit.training.recovery.trainers import AutoFitSFTTrainer, AutoFitTrainer
-from tests.training.recovery.conftest import ARGUMENTS, RUN, farthest, pad, same, weights
+from tests.training.recovery.conftest import ARGUMENTS, RUN, examples, farthest, pad, same, weights
 
 LENGTHS = (90, 96, 96, 70, 96, 88, 96, 60)
 ROWS = Dataset.from_list([{"input_ids": [(7 * i + j) % 250 for j in range(n)]} for i, n in enumerate(LENGTHS)])
@@ -192,3 +196,26 @@ def test_a_run_goes_on_with_the_optimizer_whose_states_its_checkpoint_has(made, 
         assert again.args.optim == mine
     with pytest.raises(UsageError, match="optim was 'rmsprop' and is 'adamw_torch_fused'"):
         trainer(None, foresees=False, output_dir=folder).train(resume_from_checkpoint=True)
+
+
+def test_a_model_that_is_made_anew_leaves_the_first_one_to_go(tiny_llama, tmp_path):
+    made = []
+
+    def model_init():
+        made.append(weakref.ref(model := copy.deepcopy(tiny_llama)))
+        return model
+
+    args = TrainingArguments(**{**ARGUMENTS, "output_dir": str(tmp_path)})
+    ours = AutoFitTrainer(model_init=model_init, args=args, train_dataset=examples(), data_collator=pad, gpu_mem="1GB")
+    alive = []
+    ours.add_callback(AtTheEnd(lambda: (gc.collect(), alive.append([one() is not None for one in made]))))
+    ours.train()
+    assert alive[-1] == [False, True]
+
+
+class AtTheEnd(TrainerCallback):
+    def __init__(self, work):
+        self.work = work
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.work()
