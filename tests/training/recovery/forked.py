@@ -1,6 +1,7 @@
 """Trainings in forked children that are killed, lose what was not synced, or have no disk."""
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ def forked(work, *args, signals=(), seconds=120):
         code = 1
         os.setsid()
         signal.alarm(seconds)
+        faulthandler.dump_traceback_later(seconds - 5, file=sys.__stderr__)  # where it hangs, should it
         torch.set_num_threads(1)  # OpenMP's threads are not in the fork
         tqdm.set_lock(threading.RLock())  # its own is shared with the forks before, one of which was killed with it
         try:
