@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -114,7 +114,8 @@ class _Listed:
     def __init__(self, model: nn.Module) -> None:
         parameters = list(model.named_parameters(remove_duplicate=False))
         self._known = {id(p) for _, p in parameters}
-        self._with_buffers = {name: m for name, m in model.named_modules() if m._buffers}
+        # Weakly: one may be the model itself, which this must not keep.
+        self._with_buffers = {name: ref(m) for name, m in model.named_modules() if m._buffers}
         self.trained = {name: p for name, p in parameters if p.requires_grad}
         large: dict[str, torch.Tensor] = {name: b for name, b in model.named_buffers() if b.numel() >= _LARGEST_BUFFER}
         frozen = {name: p for name, p in parameters if not p.requires_grad and not _is_quantized(p)}
@@ -124,8 +125,9 @@ class _Listed:
 
     def small_buffers(self) -> Iterator[torch.Tensor]:
         """Those that are copied; modules put others in their place."""
-        for module in self._with_buffers.values():
-            for buffer in module._buffers.values():
+        for known in self._with_buffers.values():
+            module = known()
+            for buffer in module._buffers.values() if module is not None else ():
                 if buffer is not None and buffer.numel() < _LARGEST_BUFFER:
                     yield buffer
 

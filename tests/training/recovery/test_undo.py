@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -167,3 +169,12 @@ def test_a_model_that_was_moved_or_cast_as_a_whole_has_not_changed():
         before.restore()
     Snapshot(None, model).restore()  # NaN is NaN
     assert kept.keys() == model.state_dict().keys()
+
+
+def test_what_is_known_of_a_model_does_not_keep_it():
+    model = Model(nothing)
+    Snapshot(None, model).restore()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
