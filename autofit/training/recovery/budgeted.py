@@ -12,8 +12,8 @@ from transformers.utils import logging
 from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.faults import Record
 from autofit.training.recovery.foresight import foresee
-from autofit.training.recovery.identity import states_of
 from autofit.training.recovery.redoing import RedoesSteps
+from autofit.training.resume import states_of
 
 logger = logging.get_logger(__name__)
 

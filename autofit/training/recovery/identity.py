@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from autofit.training.recovery.contents import hash_made_rows, hash_rows
+from autofit.training.resume import states_of
 
 # Of the arguments, those that a result depends on; how batches are split, moved, logged and saved is free.
 _DECIDING = (
@@ -63,11 +64,6 @@ def identity(trainer: Any) -> dict[str, dict[str, Any]]:
     }
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found, default=lambda value: str(value)))
     return plain
-
-
-def states_of(optim: Any) -> str:
-    """What an optimizer's states are like, by the argument `optim`: paged or not is the same."""
-    return str(getattr(optim, "value", optim)).removeprefix("paged_")
 
 
 def first_difference(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> str | None:

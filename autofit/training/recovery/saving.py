@@ -99,7 +99,7 @@ class WholeCheckpoints(SavesLastStep):
             raise UsageError(f"checkpoint {checkpoint} is of another run: {difference}; {instead}")
 
     def _take_states_of(self, optimizer: str) -> None:
-        """For a class that may train with more than one optimizer: that of a checkpoint, see `identity.states_of`."""
+        """For a class that may train with more than one optimizer: that of a checkpoint, see `resume.states_of`."""
 
     def _run_identity(self) -> dict[str, dict[str, Any]]:
         if self._identity is None:
