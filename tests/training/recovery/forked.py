@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+import tqdm.auto
 from transformers import TrainerCallback
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -32,7 +32,8 @@ def forked(work, *args, signals=(), seconds=120):
         signal.alarm(seconds)
         faulthandler.dump_traceback_later(seconds - 5, file=sys.__stderr__)  # where it hangs, should it
         torch.set_num_threads(1)  # OpenMP's threads are not in the fork
-        tqdm.set_lock(threading.RLock())  # its own is shared with the forks before, one of which was killed with it
+        for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):  # theirs may be held by a fork before that was killed with it
+            kind.set_lock(threading.RLock())
         try:
             work(*args)
             code = 0
