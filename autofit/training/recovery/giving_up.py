@@ -7,8 +7,9 @@ from typing import Any
 
 from autofit.errors import AutofitError, OutOfBudget
 from autofit.training.recovery.faults import free_memory
+from autofit.training.recovery.random_states import RandomStates
 from autofit.training.recovery.ranks import Ranks
-from autofit.training.recovery.undo import RandomStates, Snapshot
+from autofit.training.recovery.undo import Snapshot
 from autofit.trial.classify import classify_exception
 
 

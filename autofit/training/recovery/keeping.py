@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from autofit.training.recovery.undo import RandomStates
+from autofit.training.recovery.random_states import RandomStates
 
 # Attributes that no step changes, or that are kept otherwise; hooks, and what recovery itself has put there.
 _OTHERWISE = ("state", "param_groups", "defaults")

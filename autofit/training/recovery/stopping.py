@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import threading
 import time
@@ -16,12 +15,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from transformers.utils import logging
 
 from autofit.training.recovery.faults import Record
+from autofit.training.recovery.random_states import RandomStates
 from autofit.training.recovery.ranks import Ranks
 
 logger = logging.get_logger(__name__)
@@ -43,7 +41,7 @@ class _Evaluation:
 
     Attributes:
         counts: whether what it finds decides how training goes on, or which checkpoint is the best.
-        began: the random state at its first prediction step.
+        began: the random states at its first prediction step.
         saved: whether there is a checkpoint, should it take longer than there is time.
         ended: whether a signal ended it.
     """
@@ -51,7 +49,7 @@ class _Evaluation:
     model: nn.Module
     trial: Any
     counts: bool
-    began: tuple[Any, ...] | None = None
+    began: RandomStates | None = None
     saved: bool = False
     ended: bool = False
 
@@ -237,19 +235,18 @@ class StopsOnSignals:
         if evaluation is None or stop is None:
             return
         asked, first = self._is_to_stop(stop, "an evaluation's step"), evaluation.began is None
-        if first:
-            evaluation.began = _random_state()
+        began = evaluation.began = evaluation.began or RandomStates()
         if not asked or (first and not evaluation.counts):
             return
-        if not (evaluation.counts or self._takes_random_numbers(evaluation)):
+        if not (evaluation.counts or self._takes_random_numbers(began)):
             raise _EvaluationEnded
         if not evaluation.saved:
             evaluation.saved = True
             self._save_checkpoint(evaluation.model, evaluation.trial)
             self._saved = False  # with another random state than that which training goes on with
 
-    def _takes_random_numbers(self, evaluation: _Evaluation) -> bool:
-        moved = _random_state() != evaluation.began
+    def _takes_random_numbers(self, began: RandomStates) -> bool:
+        moved = began.have_moved()
         if self._ranks is not None:
             moved = any(vote["moved"] for vote in self._ranks.agree("an evaluation's numbers", moved=moved))
         return moved
@@ -269,11 +266,3 @@ class StopsOnSignals:
         about = {"unevaluated": True} if stop.unevaluated else {}
         self.recovery.add("stopped", signal=name, step=step, seconds=round(stop.seconds, 3), **about)
         stop.end()
-
-
-def _random_state() -> tuple[Any, ...]:
-    """Of all generators that training draws from, as something that can be compared."""
-    of_numpy: Any = np.random.get_state()
-    _, keys, *rest = of_numpy
-    of_card = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else b""
-    return torch.get_rng_state().numpy().tobytes(), of_card, random.getstate(), keys.tobytes(), *rest

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import numpy as np
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autofit.errors import OutOfBudget
+from autofit.training.recovery.random_states import RandomStates
 
 # Larger buffers are tables that hardly a forward pass writes to: no copies, but a look whether one did.
 _LARGEST_BUFFER = 2**20
@@ -21,23 +20,6 @@ _LARGEST_BUFFER = 2**20
 _VALUES = 4
 # Running figures of TRL's trainers, which count the tokens of failed attempts, too; and what is kept for other ranks.
 _FIGURES = ("_metrics", "_total_train_tokens", "_gathered")
-
-
-class RandomStates:
-    """The generators that everybody draws from, at one moment; on the host, and of this process's device."""
-
-    def __init__(self) -> None:
-        self._random = (torch.get_rng_state(), random.getstate(), np.random.get_state())
-        # Of this process's device: asking all of them would put a context on each.
-        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-
-    def restore(self) -> None:
-        """As they were; more than once, if need be."""
-        torch.set_rng_state(self._random[0])
-        random.setstate(self._random[1])
-        np.random.set_state(self._random[2])
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda)
 
 
 class Snapshot:
