@@ -32,8 +32,7 @@ def forked(work, *args, signals=(), seconds=120):
         signal.alarm(seconds)
         faulthandler.dump_traceback_later(seconds - 5, file=sys.__stderr__)  # where it hangs, should it
         torch.set_num_threads(1)  # OpenMP's threads are not in the fork
-        for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):  # theirs may be held by a fork before that was killed with it
-            kind.set_lock(threading.RLock())
+        own_locks()
         try:
             work(*args)
             code = 0
@@ -52,6 +51,12 @@ def forked(work, *args, signals=(), seconds=120):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # a loader's worker that had not yet looked whose child it is
     return os.waitstatus_to_exitcode(status)
+
+
+def own_locks():
+    """In a fork: a progress bar's lock is shared with the forks before, one of which was killed with it, maybe."""
+    for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        kind.set_lock(threading.RLock())
 
 
 class Disk:

@@ -55,9 +55,9 @@ def summary(trainer, start):
 
 @pytest.fixture
 def trained(tiny_llama, tmp_path):
-    """Trains a class on two ranks, the second under `mode`; what both say of it."""
+    """Trains a class on two ranks or more, the second under `mode`; what all say of it."""
 
-    def train(cls, mode=None, make=plain, model=None, resume=None, callback=None, before=None, **given):
+    def train(cls, mode=None, make=plain, model=None, resume=None, callback=None, before=None, ranks=2, **given):
         def work(rank):
             if before is not None:
                 before()
@@ -65,7 +65,7 @@ def trained(tiny_llama, tmp_path):
             if callback is not None and rank == 1:
                 trainer.add_callback(callback)
             start = weights(trainer)
-            if mode is None or rank == 0:
+            if mode is None or rank != 1:
                 trainer.train(resume_from_checkpoint=resume)
                 return summary(trainer, start)
             entered = mode(trainer)
@@ -73,13 +73,13 @@ def trained(tiny_llama, tmp_path):
                 trainer.train(resume_from_checkpoint=resume)
             return {**summary(trainer, start), **{k: getattr(entered, k, None) for k in ("count", "peak_bytes")}}
 
-        return together(tmp_path / "ranks", work)
+        return together(tmp_path / "ranks", work, ranks)
 
     return train
 
 
 def said(ranks):
-    assert ranks.codes == [0, 0], "\n".join(ranks.wrote)
+    assert set(ranks.codes) == {0}, "\n".join(ranks.wrote)
     return ranks.said
 
 

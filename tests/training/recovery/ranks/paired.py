@@ -4,13 +4,13 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from tqdm import tqdm
+
+from tests.training.recovery.forked import own_locks
 
 
 def free_port():
@@ -80,7 +80,7 @@ def _fork(folder, work, rank, count, port):
         os.dup2(written, 2)
         sys.stderr = os.fdopen(2, "w", buffering=1)
         torch.set_num_threads(1)
-        tqdm.set_lock(threading.RLock())
+        own_locks()
         about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
         about |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GLOO_SOCKET_IFNAME": "lo"}
         os.environ.update({name: str(value) for name, value in about.items()})

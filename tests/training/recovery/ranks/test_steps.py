@@ -90,6 +90,24 @@ def test_one_rank_cuts_finer_on_its_own(trained, cls, stock_class, make):
         assert found.get("entropy", 0) == pytest.approx(expected.get("entropy", 0), rel=2e-2)
 
 
+def test_three_ranks_agree_as_two_do(trained):
+    """What three add up depends on the order in the last digits, and that is the library's."""
+    given = {"ranks": 3, "optim": "sgd", "learning_rate": 1.0}  # Adam makes much of last digits
+    stock = said(trained(Trainer, **given))
+    undisturbed = said(trained(AutoFitTrainer, counting, **given))
+    count = undisturbed[1]["count"]
+    fault, cut = (
+        said(trained(AutoFitTrainer, failing(*numbers), **given))
+        for numbers in ((count // 3,), (count // 5, count // 5 + count // 8))
+    )
+    for ours, ooms in ((undisturbed, 0), (fault, 1), (cut, 2)):
+        assert [len(did(one)) for one in ours] == [0, ooms, 0]
+        assert all(same(one["weights"], ours[0]["weights"]) for one in ours)
+        assert farthest(stock[0]["weights"], ours[0]["weights"], stock[0]["start"]) < 1e-6
+    assert same(fault[0]["weights"], undisturbed[0]["weights"])
+    assert [one["logged"] for one in fault] == [one["logged"] for one in undisturbed]
+
+
 def limited(limit_bytes=None):
     """Counts what a rank holds, or holds it to that."""
 
