@@ -248,7 +248,7 @@ class Quiet:
 
 @pytest.mark.soak
 def test_a_run_killed_at_random_ends_as_if_it_had_not_been(tiny_model, data, tmp_path):
-    seed = random.randrange(10**6)
+    seed = random.SystemRandom().randrange(10**6)
     draw = random.Random(seed)
     config = tmp_path / "often.yaml"
     config.write_text("save_steps: 2\n")

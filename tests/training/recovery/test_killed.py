@@ -190,7 +190,7 @@ def test_a_killed_worker_of_the_loader_is_said_and_the_run_can_go_on(run, tmp_pa
 
 @pytest.mark.soak
 def test_whole_runs_killed_and_damaged_at_random(run, tmp_path):
-    seed = random.randrange(10**6)
+    seed = random.SystemRandom().randrange(10**6)  # the trainers seed the others
     draw = random.Random(seed)
     given = {"max_steps": 40, "save_steps": 1, "dataloader_num_workers": 1, "save_total_limit": 3}
     expected = run.undisturbed(**{**given, "dataloader_num_workers": 0})
@@ -205,7 +205,13 @@ def test_whole_runs_killed_and_damaged_at_random(run, tmp_path):
 
             def spoil(ours, first=first):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                FailingAllocations(range(first, 10**6, 2000)).__enter__()
+                train = ours.train
+
+                def failing(**kwargs):
+                    with FailingAllocations(range(first, 10**6, 2000)):
+                        train(**kwargs)
+
+                ours.train = failing
 
             ends.append(run(folder, spoil, signals=signals, **given))
             assert ends[-1] in (0, 143, -signal.SIGTERM, -signal.SIGKILL), (seed, number, ends)
