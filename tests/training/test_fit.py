@@ -82,6 +82,22 @@ def test_a_model_by_name_with_a_budget_is_fitted_in_the_constructor(found, monke
         AutoFitSFTTrainer(str(tiny_model), args, train_dataset=TEXTS, gpu_mem=BUDGET)
 
 
+@pytest.mark.parametrize(
+    ("args", "more", "message"),
+    [
+        ({"auto_find_batch_size": True}, {}, "does not cover auto_find_batch_size"),
+        ({"optim": "lomo"}, {}, "does not cover optim lomo"),
+        ({}, {"max_seq_length": 64}, r"max_seq_length is an argument of SFTConfig now: SFTConfig\(max_length=…\)"),
+    ],
+)
+def test_what_the_trainer_refuses_is_refused_before_the_search(monkeypatch, tmp_path, args, more, message):
+    monkeypatch.setattr(trainers, "fit", lambda *_, **__: pytest.fail("it searched"))
+    with pytest.raises(UsageError, match=message):
+        AutoFitSFTTrainer(
+            "m", arguments(tmp_path, **args), peft_config=LORA, train_dataset=TEXTS, gpu_mem=BUDGET, **more
+        )
+
+
 def test_what_changes_the_result_moves_only_where_it_is_released(shared, tiny_model, tmp_path):
     tokens = Dataset.from_list([{"input_ids": list(range(1, 200))}] * 4)
     args = arguments(tmp_path, max_length=192, per_device_train_batch_size=1, gradient_accumulation_steps=1)
