@@ -101,8 +101,11 @@ def test_what_the_trainer_refuses_is_refused_before_the_search(monkeypatch, tmp_
 def test_what_changes_the_result_moves_only_where_it_is_released(shared, tiny_model, tmp_path):
     tokens = Dataset.from_list([{"input_ids": list(range(1, 200))}] * 4)
     args = arguments(tmp_path, max_length=192, per_device_train_batch_size=1, gradient_accumulation_steps=1)
-    with pytest.raises(NothingFits, match=r"nothing fits 20\.0 MB"):
+    with pytest.raises(NothingFits, match=r"nothing fits 20\.0 MB") as raised:
         fit(str(tiny_model), train_dataset=tokens, args=args, peft_config=LORA, gpu_mem="20MB")
+    said = str(raised.value)  # in a script's words; micro-batch and checkpointing were free
+    assert 'release more by autofit.fit(…, search=["bits", "seq", "rank"]), or use gpu_mem ' in said
+    assert "free" not in said
     found = fit(str(tiny_model), train_dataset=tokens, args=args, peft_config=LORA, gpu_mem="20MB", search=("seq",))
     assert found.args.max_length == found.candidate.max_seq_length < 192
 
