@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from autofit.errors import UsageError
 from autofit.space.budget import check_budget_text
@@ -83,6 +83,13 @@ class RunConfig(BaseModel):
     def _targets(cls, value: object) -> tuple[str, ...]:
         return tuple(map(str, _listed(value)))
 
+    @field_validator("model", "data", "output_dir")
+    @classmethod
+    def _named(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and not value.strip():  # a shell's unset variable; as a path it would be this folder
+            raise UsageError(f"{info.field_name} is empty; give a name or a path, or leave it away")
+        return value
+
     @field_validator("pin", "min", mode="before")
     @classmethod
     def _knobs(cls, value: object) -> dict[str, Any]:
@@ -132,7 +139,7 @@ def load_run_config(path: str | None, flags: Mapping[str, Any]) -> RunConfig:
     Raises:
         UsageError: unreadable file, unknown key, or a value out of range; says which, and the nearest valid name.
     """
-    values = _read_yaml(path) if path else {}
+    values = {} if path is None else _read_yaml(path)
     for name, value in flags.items():
         if value is None:
             continue
@@ -158,6 +165,10 @@ def _checked_pins(pins: object) -> dict[str, Any]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     file = Path(path)
+    if not path.strip():
+        raise UsageError("the config file's name is empty; give one, or leave it away")
+    if file.is_dir():
+        raise UsageError(f"config file {path} is a folder; a model's goes to --model, data to --data")
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.y*ml")], n=1)
         raise UsageError(

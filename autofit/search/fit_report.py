@@ -105,13 +105,16 @@ def why_nothing_fits(outcome: SearchOutcome, space: SearchSpace, budget: MemoryB
         f"{c.max_seq_length}, {c.checkpointed_layers} layers checkpointed, {c.quantization_bits} bits, rank "
         f"{c.lora_rank}) needs {needs}"
     )
-    held = held_knobs(space)
+    held, mem = held_knobs(space), "--gpu-mem"
     hints = [f"free {' or '.join(held)}"] if held else []
+    if space.limits.stock:  # a script asked, by `fit`, which releases only what changes the result
+        search = ", ".join(f'"{name}"' for name, knob in RUNGS.items() if knob in held and knob in LOSSY)
+        hints, mem = [f"release more by autofit.fit(…, search=[{search}])"] if search else [], "gpu_mem"
     if device.type == "cuda" and need:
         fitting = [card.name for card in CHEAPEST_FIRST if card.total_bytes > need * 1.05]
-        hints += [f"use a larger --gpu-mem or a card like {fitting[0]}"] if fitting else []
+        hints += [f"use a larger {mem} or a card like {fitting[0]}"] if fitting else []
     else:
-        hints.append(f"use --gpu-mem {-(-need * 21 // (20 * 10**6))}MB" if need else "use a larger --gpu-mem")
+        hints.append(f"use {mem} {-(-need * 21 // (20 * 10**6))}MB" if need else f"use a larger {mem}")
     return f"{text}; {', or '.join(hints)}" if hints else text
 
 
@@ -122,6 +125,7 @@ def held_knobs(space: SearchSpace) -> list[str]:
         checkpointable_layers=space.limits.checkpointable_layers,
         can_page=space.limits.can_page,
         can_quantize=space.limits.can_quantize,
+        stock=space.limits.stock,
     )
     held = []
     for name, knob in RUNGS.items():

@@ -49,6 +49,8 @@ def check_budget_text(text: str) -> str:
     Raises:
         UsageError: neither a size, nor `auto`, nor a known card.
     """
+    if not isinstance(text, str):  # a script's: 24 may be meant as gigabytes, or as bytes
+        raise UsageError(f"gpu-mem {text!r} is no text; write it like '24GB', '24GiB' or '123456B'")
     name = text.strip().lower().replace(" ", "-").replace("_", "-")
     if name == "auto" or name in CARDS:
         return name

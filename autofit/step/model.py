@@ -22,6 +22,7 @@ from autofit.space.candidate import Candidate, every_n_layers, is_checkpointed
 from autofit.space.source import ModelSource
 from autofit.step.configs import load_config
 from autofit.step.data_access import first_line, hub_error
+from autofit.step.loaded import check_loaded
 from autofit.step.loss import supports_chunked_loss
 from autofit.step.offload import StashedActivations, save_checkpoints_on_host
 from autofit.step.policy import StepPolicy
@@ -93,12 +94,12 @@ def load_base(
     """The pretrained base, read and quantized by transformers.
 
     Raises:
-        UsageError: its files are missing or broken.
+        UsageError: its files are missing or broken, or lack a part of it.
         AccessError: the hub's model is gated, missing or out of reach.
     """
     already = getattr(config, "quantization_config", None)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             source.model,
             config=config,
             dtype=getattr(torch, policy.weight_dtype),
@@ -106,10 +107,15 @@ def load_base(
             quantization_config=None if already else quantization_config(candidate, config),
             device_map={"": policy.device},
             trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them
         )
     except (OSError, SafetensorError) as error:
         access = hub_error("model", source.model, error)
         raise access or UsageError(f"model {source.model}: {first_line(error)}") from error
+    base: PreTrainedModel = read[0]
+    check_loaded(source.model, base, read[1])
+    return base
 
 
 def empty_base(config: PreTrainedConfig, dtype: str, attention: str, trust_remote_code: bool = False) -> Any:

@@ -70,6 +70,10 @@ def only_line(err):
         (["--min", "checkpointed_layers=2"], "it has no minimum"),
         (["--search", "guess"], "measure"),
         (["nowhere.yaml"], "nowhere.yaml"),
+        ([".."], r"config file \.\. is a folder; a model's goes to --model"),
+        ([""], "the config file's name is empty"),
+        *(([flag, ""], f"{flag[2:]} is empty; give a name or a path") for flag in ("--model", "--data")),
+        (["--output-dir", " "], "output_dir is empty"),
     ],
 )
 def test_a_wrong_request_ends_before_anything_starts(autofit, tmp_path, args, says):

@@ -31,7 +31,8 @@ def test_a_budget_larger_than_the_card_is_clamped_and_says_so():
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("rtx-4099", "rtx-4090"), ("24GBB", "24GB"), ("0", "24GB"), ("100MB", "headroom")]
+    ("text", "hint"),
+    [("rtx-4099", "rtx-4090"), ("24GBB", "24GB"), ("0", "24GB"), ("100MB", "headroom"), (24, "no text")],
 )
 def test_what_cannot_be_a_budget_says_what_could(text, hint):
     with pytest.raises(UsageError, match=hint):

@@ -1,6 +1,8 @@
 """The one builder: what it builds, and that random weights need the same bytes as real ones."""
 
 import gc
+import json
+import shutil
 
 import pytest
 import torch
@@ -136,6 +138,33 @@ def test_a_quantized_checkpoint_is_built_by_its_own_settings(tiny_model, tmp_pat
         assert layer.mlp.up_proj.base_layer.weight.quant_type == "fp4"
         sizes.append(sum(p.numel() * p.element_size() for p in model.parameters()))
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "bits", "says"),
+    [
+        (
+            {"num_hidden_layers": 9},
+            16,
+            r"its weights lack model\.layers\.\d\.\S+ \(\d+ more like it\): a file is missing",
+        ),
+        ({"num_hidden_layers": 9}, 4, r"its weights lack model\.layers"),
+        (
+            {"intermediate_size": 8},
+            16,
+            r"of another model: model\.layers\.0\.mlp\.down_proj\.weight is \d+×\d+, and \d+×8",
+        ),
+    ],
+)
+def test_weights_that_are_not_the_config_s_are_refused_and_not_made_up(tiny_model, tmp_path, changed, bits, says):
+    shutil.copytree(tiny_model, tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    candidate = PLAIN.replace(quantization_bits=bits)
+    with pytest.raises(UsageError, match=says):
+        build_model(
+            candidate, ModelSource(model=str(tmp_path / "m")), resolve_policy(candidate, CPU), lora_alpha=32, seed=0
+        )
 
 
 def test_an_adapter_on_the_output_layer_is_refused_where_the_loss_would_pass_it_by(tiny_source):

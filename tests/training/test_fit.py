@@ -82,11 +82,30 @@ def test_a_model_by_name_with_a_budget_is_fitted_in_the_constructor(found, monke
         AutoFitSFTTrainer(str(tiny_model), args, train_dataset=TEXTS, gpu_mem=BUDGET)
 
 
+@pytest.mark.parametrize(
+    ("args", "more", "message"),
+    [
+        ({"auto_find_batch_size": True}, {}, "does not cover auto_find_batch_size"),
+        ({"optim": "lomo"}, {}, "does not cover optim lomo"),
+        ({}, {"max_seq_length": 64}, r"max_seq_length is an argument of SFTConfig now: SFTConfig\(max_length=…\)"),
+    ],
+)
+def test_what_the_trainer_refuses_is_refused_before_the_search(monkeypatch, tmp_path, args, more, message):
+    monkeypatch.setattr(trainers, "fit", lambda *_, **__: pytest.fail("it searched"))
+    with pytest.raises(UsageError, match=message):
+        AutoFitSFTTrainer(
+            "m", arguments(tmp_path, **args), peft_config=LORA, train_dataset=TEXTS, gpu_mem=BUDGET, **more
+        )
+
+
 def test_what_changes_the_result_moves_only_where_it_is_released(shared, tiny_model, tmp_path):
     tokens = Dataset.from_list([{"input_ids": list(range(1, 200))}] * 4)
     args = arguments(tmp_path, max_length=192, per_device_train_batch_size=1, gradient_accumulation_steps=1)
-    with pytest.raises(NothingFits, match=r"nothing fits 20\.0 MB"):
+    with pytest.raises(NothingFits, match=r"nothing fits 20\.0 MB") as raised:
         fit(str(tiny_model), train_dataset=tokens, args=args, peft_config=LORA, gpu_mem="20MB")
+    said = str(raised.value)  # in a script's words; micro-batch and checkpointing were free
+    assert 'release more by autofit.fit(…, search=["bits", "seq", "rank"]), or use gpu_mem ' in said
+    assert "free" not in said
     found = fit(str(tiny_model), train_dataset=tokens, args=args, peft_config=LORA, gpu_mem="20MB", search=("seq",))
     assert found.args.max_length == found.candidate.max_seq_length < 192
 

@@ -41,9 +41,10 @@ class Cap:
             self._context_bytes = (load_calibration(self.device) or UNCALIBRATED).context_bytes
         held = weight_bytes(model)
         if held + self._context_bytes > self.usable_bytes:
+            smaller = "load it with quantization_config=BitsAndBytesConfig(load_in_4bit=True), or "
+            smaller = "" if getattr(model, "is_loaded_in_4bit", False) else smaller
             raise UsageError(
-                f"gpu_mem={gpu_mem!r}: the model's weights alone take {format_bytes(held)} of it; load it with "
-                "quantization_config=BitsAndBytesConfig(load_in_4bit=True), or give more"
+                f"gpu_mem={gpu_mem!r}: the model's weights alone take {format_bytes(held)} of it; {smaller}give more"
             )
 
     @contextlib.contextmanager

@@ -139,7 +139,8 @@ class RedoesSteps:
     def _out_of_options(self, why: str, tried: list[str], watch: Watch) -> str:
         """What did not fit, what was tried, and what would fit."""
         trainer: Any = self
-        fitted = "nothing of its kind has fitted yet: give more memory, or load the model in fewer bits"
+        fewer = "" if getattr(trainer.model, "is_loaded_in_4bit", False) else ", or load the model in fewer bits"
+        fitted = f"nothing of its kind has fitted yet: give more memory{fewer}"
         if self._fitted_tokens:
             fitted = (
                 f"up to {self._fitted_tokens} tokens at once have fitted: make sequences shorter, or give more memory"

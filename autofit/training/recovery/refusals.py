@@ -49,6 +49,23 @@ def check_arguments(cls: type, kwargs: Mapping[str, Any]) -> None:
         raise UsageError(f"{cls.__name__} does not cover {patched}, patched by Unsloth: import autofit without unsloth")
 
 
+def check_training_arguments(cls: type, arguments: Any) -> None:
+    """Looks at a trainer's `args`, for which there need not be a model yet.
+
+    Raises:
+        UsageError: what recovery does not cover, and what to do instead.
+    """
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    refused = {
+        "auto_find_batch_size": (arguments.auto_find_batch_size, "leave it away: it changes the effective batch"),
+        f"optim {optimizer}": (
+            optimizer in _STEPS_IN_BACKWARD or optimizer.endswith("_layerwise"),
+            "take an optimizer that steps after the backward pass",
+        ),
+    }
+    _refuse(cls, refused)
+
+
 def check_trainer(trainer: Any) -> None:
     """Looks at a trainer that has been constructed.
 
@@ -56,24 +73,23 @@ def check_trainer(trainer: Any) -> None:
         UsageError: what recovery does not cover, and what to do instead.
     """
     arguments = trainer.args
-    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    check_training_arguments(type(trainer), arguments)
     devices = {str(device) for device in (getattr(trainer.model, "hf_device_map", None) or {}).values()}
     refused = {
-        "auto_find_batch_size": (arguments.auto_find_batch_size, "leave it away: it changes the effective batch"),
         f"{arguments.n_gpu} GPUs in one process": (arguments.n_gpu > 1, "show it one, by CUDA_VISIBLE_DEVICES"),
         "FSDP": (trainer.is_fsdp_enabled, "run without it"),
         "DeepSpeed": (trainer.is_deepspeed_enabled, "run without it"),
         f"a model spread over {', '.join(sorted(devices))}": (len(devices) > 1, 'load it with device_map={"": 0}'),
-        f"optim {optimizer}": (
-            optimizer in _STEPS_IN_BACKWARD or optimizer.endswith("_layerwise"),
-            "take an optimizer that steps after the backward pass",
-        ),
         "a model patched by Unsloth": (_is_unsloth(trainer.model), "load it with transformers"),
         **(_refused_of_several(trainer) if arguments.world_size > 1 else {}),
     }
+    _refuse(type(trainer), refused)
+
+
+def _refuse(cls: type, refused: Mapping[str, tuple[bool, str]]) -> None:
     for what, (found, instead) in refused.items():
         if found:
-            raise UsageError(f"{type(trainer).__name__} does not cover {what}: {instead}")
+            raise UsageError(f"{cls.__name__} does not cover {what}: {instead}")
 
 
 def _refused_of_several(trainer: Any) -> dict[str, tuple[bool, str]]:

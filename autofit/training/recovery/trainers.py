@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from autofit.errors import UsageError
 from autofit.training.fit import fit
 from autofit.training.recovery.mixin import RecoveringTrainer
+from autofit.training.recovery.refusals import check_arguments, check_training_arguments
 
 
 class AutoFitTrainer(RecoveringTrainer, Trainer):
@@ -36,6 +37,8 @@ class AutoFitSFTTrainer(RecoveringTrainer, SFTTrainer):
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, gpu_mem: str | None = None, **kwargs: Any):
         if isinstance(model, str) and gpu_mem is not None:
             args = SFTConfig(output_dir=f"{model.rpartition('/')[2]}-SFT") if args is None else args
+            check_arguments(type(self), kwargs)  # before the search, which takes its time
+            check_training_arguments(type(self), args)
             if kwargs.get("peft_config") is None or kwargs.get("train_dataset") is None:
                 raise UsageError("AutoFitSFTTrainer: a model by name with gpu_mem needs peft_config and train_dataset")
             args = _with_quantization(args, kwargs.pop("quantization_config", None))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from autofit.errors import OutOfBudget
+from autofit.errors import OutOfBudget, UsageError
+from autofit.training.recovery.capping import Cap
 from autofit.training.recovery.trainers import AutoFitTrainer
 from tests.training.recovery.conftest import FailingAllocations, examples
 
@@ -64,3 +65,19 @@ def test_the_end_says_what_was_tried_and_what_would_fit(made, tmp_path, caplog):
     assert "out of memory 3 times: 3 in forward" in caplog.text
     last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
     assert (last["phase"], last["did"], last["requested_bytes"]) == ("forward", "gave up", 2 * 2**30)
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_a_model_in_four_bits_is_not_told_to_load_fewer(made, four_bits):
+    ours = made(AutoFitTrainer)
+    ours.model.is_loaded_in_4bit = four_bits
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    ours.model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(OutOfBudget, match="nothing of its kind has fitted yet: give more memory") as caught:
+        ours.train()
+    with pytest.raises(UsageError, match=r"weights alone take .* give more$") as small:
+        Cap("1KB", ours.model, torch.device("cpu"))
+    assert ("in fewer bits" in str(caught.value), "load_in_4bit" in str(small.value)) == (not four_bits,) * 2
