@@ -109,6 +109,12 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         all_or_nothing(optimizer, self.recovery, self._has_moved)
         return optimizer
 
+    def _wrap_model(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock model. There is an optimizer by now, and nobody has wrapped it yet: also one of a script's own."""
+        if self.optimizer is not None:  # type: ignore[attr-defined]
+            all_or_nothing(self.optimizer, self.recovery, self._has_moved)  # type: ignore[attr-defined]
+        return super()._wrap_model(*args, **kwargs)  # type: ignore[misc]
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of the next optimizer step."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -177,12 +183,14 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
             yield
             return
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
-        genuine = accelerator.backward
+        genuine, own = accelerator.backward, vars(accelerator).get("backward")
         accelerator.backward = lambda loss, **kwargs: genuine(loss * weight, **kwargs)
         try:
             yield
         finally:
             del accelerator.backward
+            if own is not None:
+                accelerator.backward = own
 
     def _sum(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """The last loss, after the others were added to the running one, in the order in which the stock loop does."""

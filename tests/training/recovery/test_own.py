@@ -1,0 +1,72 @@
+"""What a script makes itself, in the place of what the stock class would make."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from autofit.errors import OutOfBudget
+from autofit.training.recovery.trainers import AutoFitTrainer
+from tests.training.recovery.conftest import FailingAllocations, same, weights
+from tests.training.recovery.test_training import trained
+
+
+def owning(own, cls):
+    return type(cls.__name__, (own, cls), {})
+
+
+def undisturbed(own, made, **given):
+    return trained(made(owning(own, Trainer), **given))[1]
+
+
+class OwnOptimizer:
+    """Makes it without asking the stock class, as for rates of their own for some layers."""
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, foreach=False)
+        return self.optimizer
+
+
+class _InTheOptimizer(TrainerCallback):
+    """So many allocations fail in the middle of the second step's optimizer, one after the other."""
+
+    def __init__(self, mode, times):
+        self.mode, self.times = mode, times
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.mode.fail = set(range(self.mode.count + 9, self.mode.count + 9 + self.times))
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_the_step_of_an_optimizer_of_one_s_own_happens_or_does_not(made, times):
+    """And a checkpoint of the step before has the weights of the step before."""
+    given = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 3}
+    saves = {"save_strategy": "steps", "save_steps": 100}
+    mode, ours = FailingAllocations(), made(owning(OwnOptimizer, AutoFitTrainer), **given, **saves)
+    ours.add_callback(_InTheOptimizer(mode, times))
+    expected = undisturbed(OwnOptimizer, made, **given)
+    if times == 1:
+        trained(ours, mode)
+    else:
+        with pytest.raises(OutOfBudget):
+            trained(ours, mode)
+        assert [path.name for path in Path(ours.args.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
+        ours = made(owning(OwnOptimizer, AutoFitTrainer), **given, **saves)
+        ours.train(resume_from_checkpoint=True)
+    assert same(weights(ours), expected)
+
+
+def test_a_clip_that_a_script_has_put_in_its_place_stays(made):
+    def halves(parameters, max_norm, norm_type=2):
+        return nn.utils.clip_grad_norm_(list(parameters), max_norm / 2, norm_type)
+
+    trainers = [made(cls) for cls in (Trainer, AutoFitTrainer)]
+    for trainer in trainers:
+        trainer.accelerator.clip_grad_norm_ = halves
+        trainer.train()
+        assert trainer.accelerator.clip_grad_norm_ is halves
+    assert same(*map(weights, trainers))
