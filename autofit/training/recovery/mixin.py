@@ -263,7 +263,7 @@ class _Cut:
     def why(self, failed: Piece) -> str:
         if self.trainer._kind is LossKind.WHOLE:
             return "the loss takes all rows of a micro-batch together, so it cannot be cut"
-        if count_rows(failed.batch) > 1:
+        if count_rows(failed.batch) != 1:
             found = "its loss leaves out rows without a label"
             if not can_be_cut(failed.batch):
                 found = "not every value of the batch belongs to one of its rows"

@@ -9,12 +9,12 @@ from transformers import Trainer, TrainerCallback
 
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.trainers import AutoFitTrainer
-from tests.training.recovery.conftest import FailingAllocations, same, weights
+from tests.training.recovery.conftest import FailingAllocations, farthest, pad, same, weights
 from tests.training.recovery.test_training import trained
 
 
 def owning(own, cls):
-    return type(cls.__name__, (own, cls), {})
+    return cls if own is object else type(cls.__name__, (own, cls), {})
 
 
 def undisturbed(own, made, **given):
@@ -70,3 +70,50 @@ def test_a_clip_that_a_script_has_put_in_its_place_stays(made):
         trainer.train()
         assert trainer.accelerator.clip_grad_norm_ is halves
     assert same(*map(weights, trainers))
+
+
+class Pairs:
+    """Batches without names."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids, labels = inputs
+        outputs = model(input_ids=ids, labels=labels)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class OfBatches:
+    """How a step comes out that ran out of memory twice, with batches of some collator."""
+
+    def __init__(self, made, **given):
+        self.made, self.given = made, given
+
+    def off(self, own, at=0.3):
+        start, expected = trained(self.made(owning(own, Trainer), **self.given))
+        counter, ours = FailingAllocations(), self.made(owning(own, AutoFitTrainer), **self.given)
+        assert same(trained(ours, counter)[1], expected)
+        number, self.ours = int(counter.count * at), self.made(owning(own, AutoFitTrainer), **self.given)
+        return farthest(expected, trained(self.ours, FailingAllocations({number, number + 1}))[1], start)
+
+    @property
+    def kinds(self):
+        return [event["kind"] for event in self.ours.recovery.events if event["event"] == "loss"]
+
+
+def test_batches_without_names_are_done_again(made):
+    def pair(rows):
+        batch = pad(rows)
+        return batch["input_ids"], batch["labels"]
+
+    assert OfBatches(made, data_collator=pair).off(Pairs) == 0
+
+
+def test_labels_on_padding_count_in_smaller_pieces(made):
+    """As those of scripts that take the ids for labels; all rows being equally long hides it from measuring."""
+
+    def naive(rows):
+        ids = torch.tensor([row["input_ids"][:5] + [0] * 43 for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.clone()}
+
+    batches = OfBatches(made, data_collator=naive)
+    assert batches.off(object) < 1e-5
+    assert batches.kinds == ["sum"]
