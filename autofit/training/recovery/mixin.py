@@ -80,6 +80,7 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         self._kind: LossKind | None = None
         if trainer.optimizer is not None:
             all_or_nothing(trainer.optimizer, self.recovery, self._has_moved)
+        self._not_of_the_script = {*vars(self), *dir(RecoveringTrainer), "_not_of_the_script"}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""

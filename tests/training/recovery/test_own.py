@@ -117,3 +117,50 @@ def test_labels_on_padding_count_in_smaller_pieces(made):
     batches = OfBatches(made, data_collator=naive)
     assert batches.off(object) < 1e-5
     assert batches.kinds == ["sum"]
+
+
+class AddsGradients:
+    """A penalty's gradient, in a pass of its own after each micro-batch."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.accelerator.backward(0.01 * sum((p**2).sum() for p in model.parameters()))
+        return loss
+
+
+class Loss(nn.Module):
+    """With a weight that is trained, and a mean that it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(64))
+        self.register_buffer("mean", torch.zeros(64))
+
+    def forward(self, logits, labels):
+        self.mean.mul_(0.9).add_(logits.detach().mean((0, 1)), alpha=0.1)
+        logits = logits + self.scale + self.mean
+        return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum")
+
+
+class HasALoss:
+    """Which is no part of the model."""
+
+    def create_optimizer(self, model=None):
+        self.loss, self.calls = Loss(), 0
+        optimizer = super().create_optimizer()
+        optimizer.add_param_group({"params": self.loss.parameters(), "lr": 1e-2})
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.calls += 1
+        return self.loss(model(**inputs).logits, inputs["labels"]) * (1 + 0.1 * self.calls) / num_items_in_batch
+
+
+@pytest.mark.parametrize("own", [AddsGradients, HasALoss])
+def test_what_a_script_has_besides_the_model_is_as_before_a_failed_attempt(made, own):
+    expected, counter = undisturbed(own, made), FailingAllocations()
+    assert same(trained(made(owning(own, AutoFitTrainer)), counter)[1], expected)
+    for share in (0.2, 0.3, 0.4, 0.7, 0.8):
+        ours = made(owning(own, AutoFitTrainer))
+        assert same(trained(ours, FailingAllocations({int(share * counter.count)}))[1], expected)
+        assert len(ours.recovery.events) == 1
