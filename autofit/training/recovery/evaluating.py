@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autofit.errors import OutOfBudget
-from autofit.training.recovery.cutting import LossKind, is_cuttable, measure_kind, weight_of
+from autofit.training.recovery.cutting import MOST_ROWS, LossKind, is_cuttable, measure_kind, weight_of
 from autofit.training.recovery.faults import AGAIN, Record, free_memory, retried
 from autofit.training.recovery.figures import agree_with_figures, local_figures
 from autofit.training.recovery.ranks import Ranks
@@ -76,9 +76,9 @@ class RecoveringEvaluation:
         """The loss of a batch from those of its parts; what kind of loss it is was measured."""
         if self._eval_kind is None:
             before, stock = Snapshot(self, model), super().prediction_step  # type: ignore[misc]
-            tolerance = self._tolerance(model)
+            tolerance, most_rows = self._tolerance(model), min(MOST_ROWS, max(2, self._eval_rows or 2))  # so many fit
             self._eval_kind = measure_kind(
-                inputs, lambda rows: float(stock(model, rows, True)[0]), self._shifted, tolerance
+                inputs, lambda rows: float(stock(model, rows, True)[0]), self._shifted, tolerance, most_rows
             )
             before.restore()
         if not is_cuttable(inputs, self._eval_kind):

@@ -15,10 +15,10 @@ from transformers.utils import logging
 from autofit.errors import UsageError
 from autofit.training.recovery.budgeted import HeldToBudget
 from autofit.training.recovery.clipping import ClipsWhole
-from autofit.training.recovery.cutting import LossKind, Piece, cut, finer
+from autofit.training.recovery.cutting import MOST_ROWS, LossKind, Piece, cut, finer
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import Record, Watch, held_bytes, retried
-from autofit.training.recovery.measuring import measured_kind
+from autofit.training.recovery.measuring import has_own_loss, measured_kind
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.reducing import items_of_all, run_together, share_buffers
@@ -38,6 +38,9 @@ _UNCOVERED = (
     "{}: with gradient_accumulation_steps, a training_step of its own that gives on other inputs than it was given "
     "runs as in the stock class: a step that runs out of memory is not done again; do that in compute_loss"
 )
+
+# A script's own loss is measured with each of the first steps that are cut, then with every second, fourth, …
+_EACH = 8
 
 
 @dataclass
@@ -78,6 +81,7 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         self._hold_to(gpu_mem)
         self._window: _Window | None = None
         self._kind: LossKind | None = None
+        self._cut_steps = 0
         if trainer.optimizer is not None:
             all_or_nothing(trainer.optimizer, self.recovery, self._has_moved)
         self._not_of_the_script = {*vars(self), *dir(RecoveringTrainer), "_not_of_the_script"}
@@ -216,15 +220,18 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         if batch is None:
             return None
         kind: LossKind | None = None
-        try:
-            with Watch():
-                kind = measured_kind(self, model, batch, items, self._shifted, self._tolerance(model))
-        # A loss of pairs, say, that refuses a single row; the step itself raises what is wrong.
-        except Exception as error:
-            logger.warning("the loss cannot be taken apart: %s", error)
-            kind = LossKind.WHOLE
-        before.restore()
-        if kind is not None:
+        for most_rows in (MOST_ROWS, MOST_ROWS // 2, 2):
+            try:
+                with Watch():
+                    kind = measured_kind(self, model, batch, items, self._shifted, self._tolerance(model), most_rows)
+            # A loss of pairs, say, that refuses a single row; the step itself raises what is wrong.
+            except Exception as error:
+                logger.warning("the loss cannot be taken apart: %s", error)
+                kind = LossKind.WHOLE
+            before.restore()
+            if kind is not None:
+                break
+        if kind is not None and kind is not self._kind:
             self.recovery.add("loss", kind=kind.value)
         return kind
 
@@ -237,12 +244,15 @@ class _Cut:
     model: nn.Module
     batches: Sequence[Any]
     items: Any
+    measured: bool = False
 
     def pieces(self, most_tokens: int | None) -> list[Piece]:
         if most_tokens is not None and self.trainer._kind is None:
             self.trainer._kind = self._measured(Snapshot(self.trainer, self.model))
             if self.trainer._kind is LossKind.WHOLE:
                 logger.warning("the loss takes all rows of a micro-batch together: they run at once, as you asked")
+        elif most_tokens is not None:
+            self._measure_again()
         # NEFTune's noise is the weaker the wider a batch is, padding included.
         widths = getattr(self.trainer.args, "neftune_noise_alpha", None) is not None
         kind = self.trainer._kind or LossKind.WHOLE
@@ -257,7 +267,20 @@ class _Cut:
             self.trainer._kind = self._measured(before)
         return None if self.trainer._kind is None else finer(failed, self.trainer._kind)
 
+    def _measure_again(self) -> None:
+        """Now and then: a script's own loss may have a penalty that is zero at first, or a term that comes later."""
+        if self.measured or self.trainer._kind is LossKind.WHOLE or not has_own_loss(self.trainer, self.model):
+            return
+        self.measured = True
+        self.trainer._cut_steps += 1
+        if self.trainer._cut_steps > _EACH and self.trainer._cut_steps.bit_count() > 1:
+            return
+        kind = self._measured(Snapshot(self.trainer, self.model))
+        if kind is not None and kind is not self.trainer._kind:
+            self.trainer._kind = LossKind.WHOLE
+
     def _measured(self, before: Snapshot) -> LossKind | None:
+        self.measured = True
         kind: LossKind | None = self.trainer._measured_kind(self.model, self.batches, self.items, before)
         return kind
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.trainers import AutoFitTrainer
-from tests.training.recovery.conftest import FailingAllocations, farthest, pad, same, weights
+from tests.training.recovery.conftest import FailingAllocations, examples, farthest, pad, same, weights
 from tests.training.recovery.test_training import trained
 
 
@@ -164,3 +164,74 @@ def test_what_a_script_has_besides_the_model_is_as_before_a_failed_attempt(made,
         ours = made(owning(own, AutoFitTrainer))
         assert same(trained(ours, FailingAllocations({int(share * counter.count)}))[1], expected)
         assert len(ours.recovery.events) == 1
+
+
+def tags(rows):
+    """Labels of another name, of rows that differ in how many they have."""
+    batch = pad(rows)
+    batch["tags"] = batch.pop("labels")
+    return batch
+
+
+def classes(rows):
+    batch = pad(rows)
+    return {**batch, "labels": torch.tensor([int(row["input_ids"][0] % 5 == 0) for row in rows])}
+
+
+class MeanOverTags:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        tags = inputs.pop("tags")
+        logits = model(**inputs).logits[:, :-1].transpose(1, 2)
+        return nn.functional.cross_entropy(logits, tags[:, 1:])
+
+
+class WeightedClasses:
+    """The mean is one of the classes' weights."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0, :2]
+        return nn.functional.cross_entropy(logits, inputs["labels"], weight=torch.tensor([1.0, 9.0]))
+
+
+class Contrasts:
+    """A term of those of one class, which two rows alone don't have."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0]
+        itself = torch.eye(len(found), dtype=torch.bool)
+        near = (found @ found.T).masked_fill(itself, -1e9).log_softmax(1)
+        alike = (inputs["labels"][:, None] == inputs["labels"]) & ~itself
+        apart = -(near * alike).sum(1) / alike.sum(1).clamp(min=1)
+        return nn.functional.cross_entropy(found[:, :2], inputs["labels"]) + apart.mean()
+
+
+@pytest.mark.parametrize(("own", "collator"), [(MeanOverTags, tags), (WeightedClasses, classes), (Contrasts, classes)])
+def test_what_is_no_mean_over_rows_is_not_taken_for_one(made, own, collator):
+    """Though the first batch has rows of equal lengths and one class: two of those cannot tell."""
+    rows = sorted(examples(), key=lambda row: row["input_ids"][0] % 5 == 0)
+    rows = [{"input_ids": (row["input_ids"] * 6)[: 12 if i < 2 else 14 + i]} for i, row in enumerate(rows)]
+
+    class Sorted(own):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    given = {"label_names": ["tags"]} if own is MeanOverTags else {}
+    batches = OfBatches(made, data_collator=collator, train_dataset=rows, **given)
+    assert batches.off(Sorted, at=0.1) == 0
+    assert batches.kinds == ["of all rows together"]
+
+
+class StaysNear:
+    """A penalty that is zero as long as the weights are the first ones."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not hasattr(self, "first"):
+            self.first = [p.detach().clone() for p in model.parameters()]
+        away = sum(((p - q) ** 2).sum() for p, q in zip(model.parameters(), self.first, strict=True))
+        return model(**inputs, num_items_in_batch=num_items_in_batch).loss + 0.5 * away
+
+
+def test_a_term_that_comes_later_is_noticed(made):
+    batches = OfBatches(made, max_steps=8)
+    assert batches.off(StaysNear, at=0.03) < 1e-5
+    assert batches.kinds == ["sum", "of all rows together"]
