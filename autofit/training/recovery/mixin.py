@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,6 +49,8 @@ class _Window:
 
     batches: list[Any]
     seen: int = 0
+    model: Any = None
+    items: Any = None
 
     @property
     def is_open(self) -> bool:
@@ -154,7 +156,7 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
                 logger.warning_once(_UNCOVERED.format(type(self).__name__))
             self._has_moved()  # buffers, perhaps, and those are not kept here
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        window.seen += 1
+        window.seen, window.model, window.items = window.seen + 1, model, num_items_in_batch
         if window.seen < len(window.batches):
             device = self.args.device  # type: ignore[attr-defined]
             return retried(self.recovery, "fetch", lambda: torch.zeros((), device=device))
@@ -166,8 +168,16 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         return self._sum(run(model) if self._ranks is None else run_together(self, model, run, count))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._window is not None and self._window.is_open:  # and never will be done: nothing is saved of that
-            raise UsageError(_OWN_STEP.format(type(self).__name__))
+        window, trainer = self._window, cast(Any, self)
+        if window is not None and window.is_open:
+            control = trainer.control
+            ended = control.should_epoch_stop or control.should_training_stop
+            if not ended or trainer.accelerator.sync_gradients or self._ranks is not None:
+                raise UsageError(_OWN_STEP.format(type(self).__name__))  # nothing is saved of that
+            self._window = None
+            # A callback ended the epoch in the midst of a step: stock has run those, and leaves their gradients.
+            losses = self._run(window.model, window.batches[: window.seen], window.items)
+            trainer._tr_loss += self._counted(self._sum(losses))
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # One optimizer step's gradients

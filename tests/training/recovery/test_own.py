@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from autofit.errors import OutOfBudget
 from autofit.training.recovery.trainers import AutoFitTrainer
 from tests.training.recovery.conftest import FailingAllocations, examples, farthest, pad, same, weights
-from tests.training.recovery.test_training import trained
+from tests.training.recovery.test_training import losses, trained
 
 
 def owning(own, cls):
@@ -235,3 +235,32 @@ def test_a_term_that_comes_later_is_noticed(made):
     batches = OfBatches(made, max_steps=8)
     assert batches.off(StaysNear, at=0.03) < 1e-5
     assert batches.kinds == ["sum", "of all rows together"]
+
+
+class _Ends(TrainerCallback):
+    """Ends an epoch or all of it before or after a micro-batch of the second step, once."""
+
+    def __init__(self, event, flag):
+        self.flag = flag
+        setattr(self, event, self.end)
+
+    def end(self, args, state, control, **kwargs):
+        if self.flag and state.global_step == 1:
+            setattr(control, self.flag, True)
+            self.flag = None
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end"])
+@pytest.mark.parametrize("flag", ["should_training_stop", "should_epoch_stop"])
+def test_a_callback_may_end_it_in_the_midst_of_a_step(made, event, flag):
+    """The stock loop keeps the gradients that there are by then, and adds the next epoch's to them."""
+    ends, counter = [], FailingAllocations()
+    for cls, *modes in ((Trainer,), (AutoFitTrainer, counter), (AutoFitTrainer, None)):
+        trainer = made(cls, max_steps=4)
+        trainer.add_callback(_Ends(event, flag))
+        modes = [mode or FailingAllocations({counter.count - 60}) for mode in modes]
+        ends.append((trained(trainer, *modes)[1], losses(trainer), trainer.state.global_step))
+    assert len(trainer.recovery.events) == 1
+    for found, figures, steps in ends[1:]:
+        assert same(found, ends[0][0])
+        assert (figures, steps) == ends[0][1:]
