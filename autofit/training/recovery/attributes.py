@@ -30,15 +30,17 @@ class Attributes:
     """The attributes of some objects at one moment.
 
     Args:
-        owners: with the names that are left as they are, besides those that every module has.
+        owners: with the names that are left as they are; none for those that every module has.
     """
 
     def __init__(self, owners: Iterable[tuple[Any, Any]]) -> None:
         self._kept = []
         for owner, others in owners:
-            left = {*_OF_ANY_MODULE, *others}
-            values = {name: value for name, value in vars(owner).items() if name not in left}
-            self._kept.append((owner, left, {name: (value, _kept(value)) for name, value in values.items()}))
+            found = vars(owner)
+            names = found.keys() - (others or _OF_ANY_MODULE)
+            self._kept.append(
+                (owner, others or _OF_ANY_MODULE, {name: (found[name], _kept(found[name])) for name in names})
+            )
 
     def restore(self) -> None:
         """The same objects, as they were.
