@@ -40,7 +40,11 @@ def _in_parts(accelerator: Any, record: Record) -> Iterator[None]:
 
     torch's functions allocate first and change last: of the gradients of one type all in one call, which takes no
     memory. So a part that ran out of it is done again. Unscaling is a part of its own: `GradScaler` refuses it twice.
+    A clip that a script has put in its place stays.
     """
+    if "clip_grad_norm_" in vars(accelerator):
+        yield
+        return
 
     def clip(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2) -> torch.Tensor:
         gradients = []

@@ -12,6 +12,9 @@ import torch
 from autofit.space.cut import cut as cut_rows
 from autofit.training.recovery.rows import IGNORED, can_be_cut, count_rows, row_lengths, take, together, trained_items
 
+# So many rows a loss is measured on, where they fit.
+MOST_ROWS = 8
+
 
 class LossKind(StrEnum):
     """What a loss does with the rows of a batch."""
@@ -100,43 +103,57 @@ def finer(piece: Piece, kind: LossKind) -> int | None:
     return piece.tokens // 2 if is_cuttable(piece.batch, kind) else None
 
 
-def measure_kind(batch: Any, loss_of: Callable[[Any], float], shifted: bool, tolerance: float) -> LossKind:
-    """The kind of a loss, found out on two rows of a batch that can be cut: together, and each alone.
+def measure_kind(
+    batch: Any, loss_of: Callable[[Any], float], shifted: bool, tolerance: float, most_rows: int = MOST_ROWS
+) -> LossKind:
+    """The kind of a loss, found out on some rows of a batch that can be cut: together, and each alone.
 
-    The two are given different numbers of trained tokens, for equal ones cannot tell two of the kinds apart. `WHOLE`
-    where no kind agrees, or two do: a gradient that might be another one is none.
+    They are given different numbers of trained tokens, and different classes, for equal ones cannot tell two of the
+    kinds apart; and there are more than two where they fit, for there are terms that need three. `WHOLE` where no kind
+    agrees, or two do: a gradient that might be another one is none.
 
     Args:
         loss_of: the loss of some rows, without dropout.
         tolerance: of losses, relative: what rounding may do.
     """
-    together = _unequal(batch, shifted)
-    alone = [take(together, [0]), take(together, [1])]
+    together = _unequal(batch, shifted, most_rows)
+    alone = [take(together, [row]) for row in range(count_rows(together))]
     whole, parts = loss_of(together), [loss_of(part) for part in alone]
 
     def error(kind: LossKind) -> float:
         weights = [weight_of(part, together, kind, shifted) for part in alone]
-        return abs(whole - sum(w * loss for w, loss in zip(weights, parts, strict=True)))
+        # The mean of nothing is no number, whatever it is multiplied by.
+        return abs(whole - sum(w * loss for w, loss in zip(weights, parts, strict=True) if w))
 
-    kinds = [LossKind.SUM, LossKind.ROW_MEAN]
-    items = [trained_items(part, shifted) for part in alone]
-    if items[0] != items[1]:
+    kinds = [LossKind.SUM]
+    if is_cuttable(together, LossKind.ROW_MEAN):
+        kinds.append(LossKind.ROW_MEAN)
+    if len({trained_items(part, shifted) for part in alone}) > 1:
         kinds.append(LossKind.ITEM_MEAN)
     good = [kind for kind in kinds if error(kind) <= tolerance * abs(whole) + 1e-7]
     return good[0] if len(good) == 1 else LossKind.WHOLE
 
 
-def _unequal(batch: Any, shifted: bool) -> Any:
-    """Two rows of a batch with different numbers of trained tokens, where labels belong to tokens."""
+def _unequal(batch: Any, shifted: bool, most_rows: int) -> Any:
+    """Rows of a batch with different numbers of trained tokens, where labels belong to tokens; else of classes."""
     lengths = row_lengths(batch)
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     items = [trained_items(take(batch, [row]), shifted) for row in range(len(lengths))]
-    second = next((row for row in order[1:] if items[row] != items[order[0]]), order[1])
-    rows = take(batch, [order[0], second])
+    labels = batch.get("labels")
+    classes = labels.tolist() if torch.is_tensor(labels) and labels.dim() == 1 else items
+    first = order[0]
+    others = (row for row in order[1:] if (items[row], classes[row]) != (items[first], classes[first]))
+    second = next(others, order[1])
+    rest = [row for row in order if row not in (first, second)]
+    chosen = [first, second, *rest[:: -(-len(rest) // max(1, most_rows - 2)) or 1]][:most_rows]
+    rows = take(batch, chosen)
     labels = rows.get("labels")
-    if items[order[0]] == items[second] and torch.is_tensor(labels) and labels.dim() == 2 and len(labels) == 2:
-        fewer = labels.clone()
-        trained = (fewer[1] != IGNORED).nonzero().flatten()
-        fewer[1, trained[len(trained) // 2 :]] = IGNORED
-        rows = type(rows)({**rows, "labels": fewer})
-    return rows
+    if items[first] != items[second] or not torch.is_tensor(labels) or len(labels) != len(chosen):
+        return rows
+    changed = labels.clone()
+    if labels.dim() == 2:
+        trained = (changed[1] != IGNORED).nonzero().flatten()
+        changed[1, trained[len(trained) // 2 :]] = IGNORED
+    elif labels.dim() == 1 and not labels.is_floating_point() and classes[first] == classes[second]:
+        changed[1] = int(changed[1] == 0)
+    return type(rows)({**rows, "labels": changed})

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autofit.errors import OutOfBudget
-from autofit.training.recovery.cutting import LossKind, is_cuttable, measure_kind, weight_of
+from autofit.training.recovery.cutting import MOST_ROWS, LossKind, is_cuttable, measure_kind, weight_of
 from autofit.training.recovery.faults import AGAIN, Record, free_memory, retried
 from autofit.training.recovery.figures import agree_with_figures, local_figures
 from autofit.training.recovery.ranks import Ranks
@@ -25,6 +25,7 @@ class RecoveringEvaluation:
     _ranks: Ranks | None = None
     _eval_rows: int | None = None
     _eval_kind: LossKind | None = None
+    _eval_checked: int | None = None
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -51,15 +52,19 @@ class RecoveringEvaluation:
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None
     ) -> Any:
         rows = count_rows(inputs)
-        stock = super().prediction_step  # type: ignore[misc]
+        stock, asked = super().prediction_step, (prediction_loss_only, ignore_keys)  # type: ignore[misc]
         before, again = Snapshot(self, model), False
         while True:
             most = min(rows, self._eval_rows or rows)
             with self.recovery.watch() as watch:
                 if most >= rows or not can_be_cut(inputs):
-                    return stock(model, inputs, prediction_loss_only, ignore_keys)
+                    return stock(model, inputs, *asked)
                 parts = [take_whole(inputs, start, min(start + most, rows)) for start in range(0, rows, most)]
-                answers = [stock(model, part, prediction_loss_only, ignore_keys) for part in parts]
+                answers = [stock(model, part, *asked) for part in parts]
+                if self._eval_checked != most:
+                    one = answers[0] if most == 1 else stock(model, take_whole(inputs, 0, 1), *asked)
+                    _check_of_rows(answers[0], one, most)
+                    self._eval_checked = most
                 loss = None if answers[0][0] is None else self._eval_loss(model, inputs, parts, [a[0] for a in answers])
                 return loss, *(_concatenated([answer[i] for answer in answers]) for i in (1, 2))
             free_memory()
@@ -76,9 +81,9 @@ class RecoveringEvaluation:
         """The loss of a batch from those of its parts; what kind of loss it is was measured."""
         if self._eval_kind is None:
             before, stock = Snapshot(self, model), super().prediction_step  # type: ignore[misc]
-            tolerance = self._tolerance(model)
+            tolerance, most_rows = self._tolerance(model), min(MOST_ROWS, max(2, self._eval_rows or 2))  # so many fit
             self._eval_kind = measure_kind(
-                inputs, lambda rows: float(stock(model, rows, True)[0]), self._shifted, tolerance
+                inputs, lambda rows: float(stock(model, rows, True)[0]), self._shifted, tolerance, most_rows
             )
             before.restore()
         if not is_cuttable(inputs, self._eval_kind):
@@ -111,7 +116,7 @@ class RecoveringEvaluation:
         """
         trainer: Any = self
         stock = super().evaluation_loop  # type: ignore[misc]
-        self._eval_rows = None
+        self._eval_rows = self._eval_checked = None
         if self._ranks is not None:
             with self._ranks.together("evaluation"):
                 return retried(self.recovery, "evaluation", lambda: stock(*args, **kwargs), times=1)
@@ -127,6 +132,28 @@ class RecoveringEvaluation:
         finally:
             trainer.args.eval_accumulation_steps = steps
         raise OutOfBudget(f"evaluation does not fit, tried {_PASSES} times: {watch.fault}")
+
+
+def _check_of_rows(answer: Any, of_one: Any, rows: int) -> None:
+    """Looks at what some rows and one row alone came to: whether each value belongs to a row.
+
+    Of one row alone a table of all rows with all looks like a single value of each; a loss would tell.
+
+    Raises:
+        OutOfBudget: some does not, or may not.
+    """
+    shapes, ones = _shapes(answer[1:]), _shapes(of_one[1:])
+    good = [len(s) > 0 and (s[0], *s[1:]) == (rows * o[0], *o[1:]) for s, o in zip(shapes, ones, strict=False)]
+    unclear = rows == 1 and answer[0] is None and any(shape == (1, 1) for shape in shapes)
+    if len(shapes) != len(ones) or not all(good) or unclear:
+        raise OutOfBudget("evaluation does not fit and cannot be cut: not all of its results are those of single rows")
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    if torch.is_tensor(value):
+        return [tuple(value.shape)]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [shape for one in inner for shape in _shapes(one)]
 
 
 def _concatenated(values: list[Any]) -> Any:

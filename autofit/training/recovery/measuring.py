@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from autofit.training.recovery.cutting import LossKind, measure_kind
+from autofit.training.recovery.attributes import is_own
+from autofit.training.recovery.cutting import MOST_ROWS, LossKind, measure_kind
 from autofit.training.recovery.rows import take
 
 _DROPOUTS = {
@@ -77,7 +78,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
 
 
-def measured_kind(trainer: Any, model: nn.Module, batch: Any, items: Any, shifted: bool, tolerance: float) -> LossKind:
+def measured_kind(
+    trainer: Any, model: nn.Module, batch: Any, items: Any, shifted: bool, tolerance: float, most_rows: int = MOST_ROWS
+) -> LossKind:
     """The kind of the loss that a trainer takes of a batch that can be cut; see `cutting.measure_kind`.
 
     It is measured as it trains, for there are terms of all rows that are only there then. Where that is still not the
@@ -91,13 +94,19 @@ def measured_kind(trainer: Any, model: nn.Module, batch: Any, items: Any, shifte
             return float(trainer.compute_loss(model, trainer._prepare_inputs(rows), num_items_in_batch=items))
 
     def measured() -> LossKind:
-        return measure_kind(batch, loss_of, shifted, tolerance)
+        return measure_kind(batch, loss_of, shifted, tolerance, most_rows)
 
     with _without_noise(model):
         if _is_settled(loss_of, batch):
             return measured()
     with _evaluating(model):
         return measured()
+
+
+def has_own_loss(trainer: Any, model: nn.Module) -> bool:
+    """Whether the loss is a script's, in whatever place."""
+    stock = type(trainer).compute_loss.__module__.startswith(("transformers.", "trl."))
+    return not stock or trainer.compute_loss_func is not None or any(map(is_own, model.modules()))
 
 
 def _is_settled(loss_of: Callable[[Any], float], batch: Any) -> bool:

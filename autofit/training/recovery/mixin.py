@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,10 +15,10 @@ from transformers.utils import logging
 from autofit.errors import UsageError
 from autofit.training.recovery.budgeted import HeldToBudget
 from autofit.training.recovery.clipping import ClipsWhole
-from autofit.training.recovery.cutting import LossKind, Piece, cut, finer
+from autofit.training.recovery.cutting import MOST_ROWS, LossKind, Piece, cut, finer
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import Record, Watch, held_bytes, retried
-from autofit.training.recovery.measuring import measured_kind
+from autofit.training.recovery.measuring import has_own_loss, measured_kind
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.ranks import Ranks
 from autofit.training.recovery.reducing import items_of_all, run_together, share_buffers
@@ -39,6 +39,9 @@ _UNCOVERED = (
     "runs as in the stock class: a step that runs out of memory is not done again; do that in compute_loss"
 )
 
+# A script's own loss is measured with each of the first steps that are cut, then with every second, fourth, …
+_EACH = 8
+
 
 @dataclass
 class _Window:
@@ -46,6 +49,8 @@ class _Window:
 
     batches: list[Any]
     seen: int = 0
+    model: Any = None
+    items: Any = None
 
     @property
     def is_open(self) -> bool:
@@ -78,8 +83,10 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         self._hold_to(gpu_mem)
         self._window: _Window | None = None
         self._kind: LossKind | None = None
+        self._cut_steps = 0
         if trainer.optimizer is not None:
             all_or_nothing(trainer.optimizer, self.recovery, self._has_moved)
+        self._not_of_the_script = {*vars(self), *dir(RecoveringTrainer), "_not_of_the_script"}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the stock class does; under `gpu_mem`, where that was given."""
@@ -108,6 +115,12 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         optimizer = super().create_optimizer(*args, **kwargs)
         all_or_nothing(optimizer, self.recovery, self._has_moved)
         return optimizer
+
+    def _wrap_model(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock model. There is an optimizer by now, and nobody has wrapped it yet: also one of a script's own."""
+        if self.optimizer is not None:  # type: ignore[attr-defined]
+            all_or_nothing(self.optimizer, self.recovery, self._has_moved)  # type: ignore[attr-defined]
+        return super()._wrap_model(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of the next optimizer step."""
@@ -143,7 +156,7 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
                 logger.warning_once(_UNCOVERED.format(type(self).__name__))
             self._has_moved()  # buffers, perhaps, and those are not kept here
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        window.seen += 1
+        window.seen, window.model, window.items = window.seen + 1, model, num_items_in_batch
         if window.seen < len(window.batches):
             device = self.args.device  # type: ignore[attr-defined]
             return retried(self.recovery, "fetch", lambda: torch.zeros((), device=device))
@@ -155,8 +168,16 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         return self._sum(run(model) if self._ranks is None else run_together(self, model, run, count))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._window is not None and self._window.is_open:  # and never will be done: nothing is saved of that
-            raise UsageError(_OWN_STEP.format(type(self).__name__))
+        window, trainer = self._window, cast(Any, self)
+        if window is not None and window.is_open:
+            control = trainer.control
+            ended = control.should_epoch_stop or control.should_training_stop
+            if not ended or trainer.accelerator.sync_gradients or self._ranks is not None:
+                raise UsageError(_OWN_STEP.format(type(self).__name__))  # nothing is saved of that
+            self._window = None
+            # A callback ended the epoch in the midst of a step: stock has run those, and leaves their gradients.
+            losses = self._run(window.model, window.batches[: window.seen], window.items)
+            trainer._tr_loss += self._counted(self._sum(losses))
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # One optimizer step's gradients
@@ -177,12 +198,14 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
             yield
             return
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
-        genuine = accelerator.backward
+        genuine, own = accelerator.backward, vars(accelerator).get("backward")
         accelerator.backward = lambda loss, **kwargs: genuine(loss * weight, **kwargs)
         try:
             yield
         finally:
             del accelerator.backward
+            if own is not None:
+                accelerator.backward = own
 
     def _sum(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """The last loss, after the others were added to the running one, in the order in which the stock loop does."""
@@ -207,15 +230,18 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         if batch is None:
             return None
         kind: LossKind | None = None
-        try:
-            with Watch():
-                kind = measured_kind(self, model, batch, items, self._shifted, self._tolerance(model))
-        # A loss of pairs, say, that refuses a single row; the step itself raises what is wrong.
-        except Exception as error:
-            logger.warning("the loss cannot be taken apart: %s", error)
-            kind = LossKind.WHOLE
-        before.restore()
-        if kind is not None:
+        for most_rows in (MOST_ROWS, MOST_ROWS // 2, 2):
+            try:
+                with Watch():
+                    kind = measured_kind(self, model, batch, items, self._shifted, self._tolerance(model), most_rows)
+            # A loss of pairs, say, that refuses a single row; the step itself raises what is wrong.
+            except Exception as error:
+                logger.warning("the loss cannot be taken apart: %s", error)
+                kind = LossKind.WHOLE
+            before.restore()
+            if kind is not None:
+                break
+        if kind is not None and kind is not self._kind:
             self.recovery.add("loss", kind=kind.value)
         return kind
 
@@ -228,12 +254,15 @@ class _Cut:
     model: nn.Module
     batches: Sequence[Any]
     items: Any
+    measured: bool = False
 
     def pieces(self, most_tokens: int | None) -> list[Piece]:
         if most_tokens is not None and self.trainer._kind is None:
             self.trainer._kind = self._measured(Snapshot(self.trainer, self.model))
             if self.trainer._kind is LossKind.WHOLE:
                 logger.warning("the loss takes all rows of a micro-batch together: they run at once, as you asked")
+        elif most_tokens is not None:
+            self._measure_again()
         # NEFTune's noise is the weaker the wider a batch is, padding included.
         widths = getattr(self.trainer.args, "neftune_noise_alpha", None) is not None
         kind = self.trainer._kind or LossKind.WHOLE
@@ -248,14 +277,27 @@ class _Cut:
             self.trainer._kind = self._measured(before)
         return None if self.trainer._kind is None else finer(failed, self.trainer._kind)
 
+    def _measure_again(self) -> None:
+        """Now and then: a script's own loss may have a penalty that is zero at first, or a term that comes later."""
+        if self.measured or self.trainer._kind is LossKind.WHOLE or not has_own_loss(self.trainer, self.model):
+            return
+        self.measured = True
+        self.trainer._cut_steps += 1
+        if self.trainer._cut_steps > _EACH and self.trainer._cut_steps.bit_count() > 1:
+            return
+        kind = self._measured(Snapshot(self.trainer, self.model))
+        if kind is not None and kind is not self.trainer._kind:
+            self.trainer._kind = LossKind.WHOLE
+
     def _measured(self, before: Snapshot) -> LossKind | None:
+        self.measured = True
         kind: LossKind | None = self.trainer._measured_kind(self.model, self.batches, self.items, before)
         return kind
 
     def why(self, failed: Piece) -> str:
         if self.trainer._kind is LossKind.WHOLE:
             return "the loss takes all rows of a micro-batch together, so it cannot be cut"
-        if count_rows(failed.batch) > 1:
+        if count_rows(failed.batch) != 1:
             found = "its loss leaves out rows without a label"
             if not can_be_cut(failed.batch):
                 found = "not every value of the batch belongs to one of its rows"

@@ -14,7 +14,7 @@ from torch import nn
 from autofit.errors import OutOfBudget
 from autofit.step.recomputing import keeps_some, recomputing
 from autofit.training.recovery.faults import AGAIN, QUIET_STEPS, Record, Strain, Watch, free_memory, retried
-from autofit.training.recovery.undo import Snapshot
+from autofit.training.recovery.undo import Gradients, Snapshot
 
 
 class Work(Protocol):
@@ -107,6 +107,7 @@ class RedoesSteps:
         """
         trainer: Any = self
         before = trainer._begun = retried(self.recovery, "snapshot", lambda: Snapshot(self, model))
+        gradients = retried(self.recovery, "snapshot", lambda: Gradients(self, model))
         tried: list[str] = []
         while True:
             pieces = retried(self.recovery, "cut", lambda: work.pieces(self._most_tokens))
@@ -122,7 +123,7 @@ class RedoesSteps:
                 return pieces, losses
             failed = pieces[min(len(losses), len(pieces) - 1)]
             del losses
-            model.zero_grad()  # accelerate's optimizer.zero_grad does nothing within a step
+            retried(self.recovery, "snapshot", gradients.restore)
             free_memory()
             about = {"pieces": len(pieces), "largest_tokens": max(piece.tokens for piece in pieces)}
             did = None

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 IGNORED = -100
+# Values of tokens, of which a row has as many as its mask and its labels say; of others that is not known.
+_OF_TOKENS = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "special_tokens_mask"}
 # What a row is filled up with on its right.
 _FILLING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
 
 def count_rows(batch: Any) -> int:
-    """Rows of a batch; 0 where it has no tensor with any."""
+    """Rows of a batch; 0 where it has no tensor with any, or no names."""
+    if not isinstance(batch, Mapping):
+        return 0
     bounds = _bounds(batch)
     return _first_dimension(batch) if bounds is None else len(bounds) - 1
 
@@ -63,7 +67,7 @@ def _first_dimension(batch: Any) -> int:
 def can_be_cut(batch: Any) -> bool:
     """Whether every value is a row's, or one for all rows (a flag, a number)."""
     rows = count_rows(batch)
-    if rows < 2:
+    if rows < 2:  # or none, where it has no names
         return False
     bounds = _bounds(batch)
     if bounds is not None:
@@ -110,6 +114,8 @@ def together(batches: Sequence[Any]) -> Any | None:
     They can where all batches have values of the same shapes, or are right-padded tokens, mask and labels.
     """
     first = batches[0]
+    if not all(isinstance(batch, Mapping) for batch in batches):
+        return None
     if any(set(batch) != set(first) or _bounds(batch) is not None for batch in batches):
         return None
     values = [(name, value, count_rows(batch)) for batch in batches for name, value in batch.items()]
@@ -137,12 +143,20 @@ def take_whole(batch: Any, start: int, end: int) -> Any:
 
 
 def row_lengths(batch: Any) -> list[int]:
-    """Tokens of each row: less the right padding where there is a mask that says so, else the batch's width."""
+    """Tokens of each row: less the right padding where there is a mask that says so, else the batch's width.
+
+    What has a label is no padding, whatever the mask says: a script may train on it, and a target be the longer one.
+    """
+    if not isinstance(batch, Mapping):
+        return []
     bounds = _bounds(batch)
     if bounds is not None:
         return [end - begin for begin, end in itertools.pairwise(bounds)]
     if _width(batch) is not None:
-        return batch["attention_mask"].sum(dim=1).tolist()
+        used = (batch["attention_mask"] != 0).cpu().numpy()
+        if torch.is_tensor(batch.get("labels")):
+            used = used | (batch["labels"] != IGNORED).cpu().numpy()
+        return (used.shape[1] - used[:, ::-1].argmax(axis=1)).tolist()
     ids = batch.get("input_ids")
     width = ids.shape[1] if torch.is_tensor(ids) and ids.dim() > 1 else 1
     return [width] * count_rows(batch)
@@ -165,7 +179,8 @@ def _width(batch: Any) -> int | None:
         return None
     if not bool(mask[:, 0].all()):
         return None
-    alike = all(value.shape == mask.shape for value in batch.values() if _is_by_row(value, rows))
+    by_row = {name: value for name, value in batch.items() if _is_by_row(value, rows)}
+    alike = all(torch.is_tensor(v) and v.shape == mask.shape and name in _OF_TOKENS for name, v in by_row.items())
     return mask.shape[1] if alike else None
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autofit.errors import OutOfBudget
+from autofit.training.recovery.attributes import Attributes, is_own
 from autofit.training.recovery.random_states import RandomStates
 
 # Larger buffers are tables that hardly a forward pass writes to: no copies, but a look whether one did.
@@ -23,17 +24,20 @@ _FIGURES = ("_metrics", "_total_train_tokens", "_gathered")
 
 
 class Snapshot:
-    """Random states, buffers and running figures of a trainer at one moment."""
+    """Random states, buffers, running figures of a trainer and what a script's own keeps, at one moment."""
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
-        self._trainer, self._model = trainer, model
+        self._trainer = trainer
         self._random = RandomStates()
-        self._listed = _listed(model)
-        # Batch norm changes its statistics without counting a version, so copies and no comparison.
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in self._listed.small_buffers()]
-        self._weights = _Marks(self._listed.trained)
-        self._others = self._listed.look()
+        others = [] if trainer is None else _other_modules(trainer)
+        self._parts = [_Part(module) for module in (model, *others)]
         self._figures = {name: copy.deepcopy(getattr(trainer, name)) for name in _FIGURES if hasattr(trainer, name)}
+        owners = [(module, ()) for part in self._parts for module in part.own()]
+        known = getattr(trainer, "_not_of_the_script", None)
+        if known is not None:
+            loss = trainer.compute_loss_func
+            owners += [(trainer, known), *([(loss, ())] if hasattr(loss, "__dict__") else [])]
+        self._attributes = Attributes(owners)
 
     def restore(self, weights_moved: bool = False) -> None:
         """Everything as it was; a snapshot can be restored more than once.
@@ -45,23 +49,77 @@ class Snapshot:
             OutOfBudget: what is not kept has changed, as a teacher does that follows the weights in the forward pass.
         """
         self._random.restore()
-        for buffer, kept in self._buffers:
-            buffer.data.copy_(kept)
+        for part in self._parts:
+            part.put_back()
         for name, value in self._figures.items():
             setattr(self._trainer, name, copy.deepcopy(value))
         offloading: Any = getattr(self._trainer, "maybe_activation_offload_context", None)
         if hasattr(offloading, "tracker"):  # TRL's, in the middle of a pass
             offloading.tracker.clear()
             offloading.is_first_forward_call = True
-        new = self._listed.unlisted(self._model)
+        self._attributes.restore()
+        for part in self._parts:
+            part.check(weights_moved)
+
+
+class _Part:
+    """Buffers of one module at one moment, and marks of what is not kept."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._listed = _listed(module)
+        self._held = [(one, dict(one._buffers)) for one in self._listed.with_buffers()]
+        # Batch norm changes its statistics without counting a version, so copies and no comparison.
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in self._listed.small_buffers()]
+        self._weights = _Marks(self._listed.trained)
+        self._others = self._listed.look()
+
+    def own(self) -> list[nn.Module]:
+        """Modules of classes that a script brings along."""
+        return self._listed.own()
+
+    def put_back(self) -> None:
+        """The buffers, also where a forward pass has put others in their place."""
+        for one, buffers in self._held:
+            one._buffers.clear()
+            one._buffers.update(buffers)
+        for buffer, kept in self._buffers:
+            buffer.data.copy_(kept)
+
+    def check(self, weights_moved: bool) -> None:
+        """Looks at what is not kept."""
+        new = self._listed.unlisted(self._module)
         if new:
-            _LISTED.pop(self._model, None)
+            _LISTED.pop(self._module, None)
             raise OutOfBudget(f"{new[0]} was not there as the step began: how it was then is not known")
         changed = [] if weights_moved else self._weights.changed()
         changed += self._listed.written_to() + self._others.changed()
         if changed:
-            _LISTED.pop(self._model, None)
+            _LISTED.pop(self._module, None)
             raise OutOfBudget(f"{changed[0]} changes in the forward pass and is not kept: again it would change twice")
+
+
+class Gradients:
+    """Those that there are as a step begins: none, but for what a script has added in passes of its own."""
+
+    def __init__(self, trainer: Any, model: nn.Module) -> None:
+        optimizer = trainer.optimizer
+        groups = [] if optimizer is None else optimizer.param_groups
+        self._model = model
+        self._parameters = [*_listed(model).trained.values(), *(p for group in groups for p in group["params"])]
+        self._kept = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
+
+    def restore(self) -> None:
+        """The same again."""
+        self._model.zero_grad()  # accelerate's optimizer.zero_grad does nothing within a step
+        for parameter in self._parameters:
+            kept = self._kept.get(parameter)
+            parameter.grad = None if kept is None else kept.clone()
+
+
+def _other_modules(trainer: Any) -> list[nn.Module]:
+    """Those of a trainer besides its model: a loss with weights or a queue of its own, a teacher."""
+    return [v for k, v in vars(trainer).items() if isinstance(v, nn.Module) and k not in ("model", "model_wrapped")]
 
 
 class _Marks:
@@ -98,8 +156,10 @@ class _Listed:
         self._known = {id(p) for _, p in parameters}
         # Weakly: one may be the model itself, which this must not keep.
         self._with_buffers = {name: ref(m) for name, m in model.named_modules() if m._buffers}
+        self._own = [ref(m) for m in model.modules() if is_own(m)]
         self.trained = {name: p for name, p in parameters if p.requires_grad}
         large: dict[str, torch.Tensor] = {name: b for name, b in model.named_buffers() if b.numel() >= _LARGEST_BUFFER}
+        self._large = {id(buffer) for buffer in large.values()}
         frozen = {name: p for name, p in parameters if not p.requires_grad and not _is_quantized(p)}
         self._others = frozen | large
         self._marks = _Marks(self._others)
@@ -107,11 +167,23 @@ class _Listed:
 
     def small_buffers(self) -> Iterator[torch.Tensor]:
         """Those that are copied; modules put others in their place."""
-        for known in self._with_buffers.values():
-            module = known()
-            for buffer in module._buffers.values() if module is not None else ():
+        for module in self.with_buffers():
+            for buffer in module._buffers.values():
                 if buffer is not None and buffer.numel() < _LARGEST_BUFFER:
                     yield buffer
+
+    def with_buffers(self) -> Iterator[nn.Module]:
+        """Modules that have some."""
+        yield from (module for known in self._with_buffers.values() if (module := known()) is not None)
+
+    def own(self) -> list[nn.Module]:
+        """Modules of classes that a script brings along."""
+        return [module for known in self._own if (module := known()) is not None]
+
+    def is_current(self) -> bool:
+        """Whether the large buffers are still those that were listed."""
+        buffers = (b for module in self.with_buffers() for b in module._buffers.values() if b is not None)
+        return {id(b) for b in buffers if b.numel() >= _LARGEST_BUFFER} == self._large
 
     def look(self) -> _Marks:
         """How the others are at this moment; at those that changed since the last one a closer look is taken."""
@@ -141,7 +213,7 @@ _LISTED: WeakKeyDictionary[nn.Module, _Listed] = WeakKeyDictionary()
 
 def _listed(model: nn.Module) -> _Listed:
     found = _LISTED.get(model)
-    if found is None:
+    if found is None or not found.is_current():
         found = _LISTED[model] = _Listed(model)
     return found
 

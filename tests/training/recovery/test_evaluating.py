@@ -71,6 +71,30 @@ def test_predictions_of_the_parts_are_those_of_the_whole(made):
     assert torch.allclose(torch.tensor(found.predictions[real]), torch.tensor(expected.predictions[real]), atol=1e-5)
 
 
+class Towers(nn.Module):
+    """Says how near each row is to each, or how warm it is; takes so many rows."""
+
+    def __init__(self, says, fits):
+        super().__init__()
+        self.inner, self.says, self.fits = nn.Linear(8, 64), says, fits
+
+    def forward(self, x):
+        if len(x) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        found = self.inner(x)
+        return {"near": found @ found.T} if self.says == "near" else {"found": found, "warmth": torch.ones(())}
+
+
+@pytest.mark.parametrize("says", ["near", "warmth"])
+@pytest.mark.parametrize("fits", [1, 2])
+def test_results_of_all_rows_together_are_not_put_together(made, says, fits):
+    data = [{"x": torch.full((8,), float(number))} for number in range(4)]
+    given = {"label_names": [], "data_collator": None, "per_device_eval_batch_size": 4}
+    ours = made(AutoFitTrainer, Towers(says, fits), **given)
+    with pytest.raises(OutOfBudget, match="not all of its results are those of single rows"):
+        ours.predict(data)
+
+
 def test_the_loss_of_evaluation_is_put_together_as_what_it_is(made):
     def mean_over_rows(outputs, labels, num_items_in_batch=None):
         logits = outputs.logits[:, :-1].float().transpose(1, 2)

@@ -54,6 +54,25 @@ def test_rows_are_taken_without_the_padding_that_all_of_them_have():
     assert not can_be_cut(take(batch, [0]))
 
 
+def test_what_has_a_label_is_no_padding():
+    """A script may train on it; and a target may be longer than its source."""
+    batch = pad(examples()[:4])
+    batch["labels"][0, 20] = 5
+    assert row_lengths(batch) == [21, 30, 14, 22]
+    assert take(batch, [0, 2])["labels"].shape == (2, 21)
+    # Of values that others know, nobody knows where they end.
+    assert take({**batch, "tags": batch["labels"]}, [2])["tags"].shape == (1, 30)
+    assert take({**batch, "token_type_ids": batch["labels"]}, [2])["labels"].shape == (1, 14)
+
+
+def test_a_batch_without_names_is_not_cut():
+    batch = (torch.ones(4, 3), torch.ones(4))
+    (piece,) = cut([batch], 1, LossKind.SUM, shifted=True)
+    assert piece.batch is batch
+    assert finer(piece, LossKind.SUM) is None
+    assert together([batch, batch]) is None
+
+
 @pytest.mark.parametrize("most", [1, 30, 44, 61, 1000])
 def test_a_cut_keeps_every_row_once(most):
     batches = [pad(examples()[:6]), pad(examples()[6:])]

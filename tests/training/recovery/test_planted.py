@@ -3,7 +3,6 @@
 A check says how far a run that was disturbed ends from the undisturbed one, as a share of the distance travelled.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -108,13 +107,7 @@ def weigh_all_pieces_alike(monkeypatch):
 
 
 def keep_gradients(monkeypatch):
-    genuine = torch.nn.Module.zero_grad
-
-    def zero_grad(self, set_to_none=True):
-        if not sys._getframe(1).f_code.co_filename.endswith("redoing.py"):
-            genuine(self, set_to_none)
-
-    monkeypatch.setattr(torch.nn.Module, "zero_grad", zero_grad)
+    monkeypatch.setattr(undo.Gradients, "restore", lambda self: None)
 
 
 def undo_no_step(monkeypatch):

@@ -114,6 +114,40 @@ def test_what_is_kept_may_change(tmp_path, monkeypatch):
     assert seen > 20
 
 
+def means_anew(model, x):
+    model.mean = 0.9 * model.mean + 0.1 * x.mean(0)
+    model.queue = torch.cat([x, model.queue])[: len(model.queue)] + model.mean
+
+
+def counts(model, x):
+    model.calls, model.before = getattr(model, "calls", 0) + 1, x * (1 + getattr(model, "before", torch.zeros(()))) / 2
+    model.sums.append(float(model.before.sum()))
+    model.queue[:64] = model.calls * model.before.mean(0) + sum(model.sums) + torch.randn(32, generator=model.draws)
+
+
+@pytest.mark.parametrize("changes", [means_anew, counts])
+@pytest.mark.parametrize("rows", [64, _LARGEST_BUFFER // 32])
+def test_other_values_in_the_place_of_those_before_are_put_back(tmp_path, monkeypatch, changes, rows):
+    """Buffers that a forward pass assigns; and what a model of a script's own counts, keeps and draws from."""
+
+    class Own(Model):
+        def __init__(self, changes):
+            super().__init__(changes, 64 if changes is counts else rows)
+            self.register_buffer("mean", torch.zeros(32))
+            self.sums, self.draws = [], torch.Generator().manual_seed(5)
+
+    monkeypatch.setitem(trained.__globals__, "Model", Own)
+    expected = weights(trained(Trainer, tmp_path, changes)[0])
+    undisturbed, count = trained(AutoFitTrainer, tmp_path, changes)
+    assert same(weights(undisturbed), expected)
+    seen = 0
+    for number in range(6, count):
+        with contextlib.suppress(torch.OutOfMemoryError):  # a batch, on the host
+            assert same(weights(trained(AutoFitTrainer, tmp_path, changes, {number})[0]), expected), number
+            seen += 1
+    assert seen > 20
+
+
 class Follows(TrainerCallback):
     """A teacher that follows between steps."""
 
