@@ -62,7 +62,9 @@ class RecoveringEvaluation:
                 parts = [take_whole(inputs, start, min(start + most, rows)) for start in range(0, rows, most)]
                 answers = [stock(model, part, *asked) for part in parts]
                 if self._eval_checked != most:
+                    now = Snapshot(self, model)
                     one = answers[0] if most == 1 else stock(model, take_whole(inputs, 0, 1), *asked)
+                    now.restore()  # that one is not counted twice
                     _check_of_rows(answers[0], one, most)
                     self._eval_checked = most
                 loss = None if answers[0][0] is None else self._eval_loss(model, inputs, parts, [a[0] for a in answers])

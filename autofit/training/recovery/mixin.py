@@ -18,10 +18,11 @@ from autofit.training.recovery.clipping import ClipsWhole
 from autofit.training.recovery.cutting import MOST_ROWS, LossKind, Piece, cut, finer
 from autofit.training.recovery.evaluating import RecoveringEvaluation
 from autofit.training.recovery.faults import Record, Watch, held_bytes, retried
+from autofit.training.recovery.fetching import FetchesOnHost
 from autofit.training.recovery.measuring import has_own_loss, measured_kind
 from autofit.training.recovery.optimizing import all_or_nothing
 from autofit.training.recovery.ranks import Ranks
-from autofit.training.recovery.reducing import items_of_all, run_together, share_buffers
+from autofit.training.recovery.reducing import run_together, share_buffers
 from autofit.training.recovery.refusals import check_arguments, check_trainer
 from autofit.training.recovery.rows import can_be_cut, count_rows
 from autofit.training.recovery.saving import WholeCheckpoints
@@ -58,7 +59,9 @@ class _Window:
         return 0 < self.seen < len(self.batches)
 
 
-class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnSignals, WholeCheckpoints):
+class RecoveringTrainer(
+    HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnSignals, WholeCheckpoints, FetchesOnHost
+):
     """Mixed into a trainer class, before it.
 
     The stock loop hands over the micro-batches of an optimizer step one by one. All but the last are answered with
@@ -100,16 +103,6 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
 
     # The seams of the stock loop
 
-    def get_train_dataloader(self) -> Any:
-        """The stock loader; it leaves batches on the host.
-
-        Running out of memory while one is moved would kill its generator, and the epoch would end early without a word.
-        """
-        loader = super().get_train_dataloader()  # type: ignore[misc]
-        if hasattr(loader, "device"):
-            loader.device = None
-        return loader
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The stock optimizer, whose step is all or nothing."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -130,15 +123,6 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
         self._window = _Window(batches)
         return batches, items
 
-    def _get_num_items_in_batch(self, *args: Any) -> Any:
-        stock = super()._get_num_items_in_batch  # type: ignore[misc]
-
-        def count() -> Any:
-            return retried(self.recovery, "fetch", lambda: stock(*args))
-
-        of_all = self._ranks is not None and self.args.average_tokens_across_devices  # type: ignore[attr-defined]
-        return items_of_all(self, count) if of_all else count()
-
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The stock step for the last micro-batch of an optimizer step and all before it; nothing for those.
 
@@ -158,7 +142,7 @@ class RecoveringTrainer(HeldToBudget, RecoveringEvaluation, ClipsWhole, StopsOnS
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         window.seen, window.model, window.items = window.seen + 1, model, num_items_in_batch
         if window.seen < len(window.batches):
-            device = self.args.device  # type: ignore[attr-defined]
+            device = self.args.device
             return retried(self.recovery, "fetch", lambda: torch.zeros((), device=device))
 
         def run(module: nn.Module) -> list[torch.Tensor]:

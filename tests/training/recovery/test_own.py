@@ -264,3 +264,45 @@ def test_a_callback_may_end_it_in_the_midst_of_a_step(made, event, flag):
     for found, figures, steps in ends[1:]:
         assert same(found, ends[0][0])
         assert (figures, steps) == ends[0][1:]
+
+
+class Movable:
+    """No tensor, and yet a loader moves it."""
+
+    def __init__(self):
+        self.moved = 0
+
+    def to(self, device):
+        self.moved += 1
+        return self
+
+
+class Looks:
+    """A step that looks at its inputs before the stock one moves them."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.seen = [*getattr(self, "seen", []), inputs["more"].moved]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class TakesMore:
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        assert inputs.pop("more").moved
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("own", [(TakesMore,), (Looks, TakesMore)])
+def test_whatever_the_stock_loader_moves_is_moved(made, own, caplog):
+    def collate(rows):
+        return pad(rows) | {"more": Movable()}
+
+    trainers = [
+        made(type("Mine", (*own, cls), {}), data_collator=collate, remove_unused_columns=False)
+        for cls in (Trainer, AutoFitTrainer)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert same(*map(weights, trainers))
+    if Looks in own:
+        assert min(trainers[1].seen) > 0
+        assert "gets zero for all micro-batches of a step but the last" in caplog.text
