@@ -47,9 +47,14 @@ def given_up_words(report: FitReport) -> list[str]:
 
 
 def loss_words(training: dict[str, Any]) -> str:
-    """`loss 5.52 → 3.61`, of a training's result; nothing where no step was logged."""
-    first, last = training["first_loss"], training["last_loss"]
-    return f"loss {first:.3f} → {last:.3f}" if first is not None and last is not None else "no loss logged"
+    """`loss 5.52 → 3.61, evaluation 5.48 → 3.70`, of a training's result; what was not logged is left away."""
+    trained = _from_to("loss", training["first_loss"], training["last_loss"]) or "no loss logged"
+    evaluated = _from_to("evaluation", training.get("first_eval_loss"), training.get("last_eval_loss"))
+    return f"{trained}, {evaluated}" if evaluated else trained
+
+
+def _from_to(name: str, first: float | None, last: float | None) -> str:
+    return "" if first is None or last is None else f"{name} {first:.3f} → {last:.3f}"
 
 
 def tokens_words(training: dict[str, Any]) -> str:

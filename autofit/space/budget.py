@@ -75,7 +75,10 @@ def make_budget(text: str, device: DeviceFacts) -> MemoryBudget:
     total = min(asked, device.total_bytes)
     headroom = 0 if device.type == "cpu" else max(total // 50, 256 * MIB)
     if headroom >= total:
-        raise UsageError(f"gpu-mem {text}: {format_bytes(total)} does not even hold {format_bytes(headroom)} headroom")
+        raise UsageError(
+            f"gpu-mem {text}: {format_bytes(total)} does not even hold the {format_bytes(headroom)} headroom that are "
+            f"left alone on a card ({device.name})"
+        )
     return MemoryBudget(
         total_bytes=total,
         headroom_bytes=headroom,

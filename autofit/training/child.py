@@ -71,12 +71,14 @@ def _train(asked: TrainingRequest, report: PhaseReport, meter: Meter) -> dict[st
     if done:
         step.model.save_pretrained(str(output_dir / "adapter"))
         tokenizer.save_pretrained(output_dir / "adapter")
-    losses = record.losses()
+    losses, evaluated = record.losses("loss"), record.losses("eval_loss")
     return {
         "interrupted": not done,
         "steps": steps,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
+        "first_eval_loss": evaluated[0] if evaluated else None,
+        "last_eval_loss": evaluated[-1] if evaluated else None,
         "tokens": record.total("tokens"),
         "padded_tokens": record.total("padded_tokens"),
         "peak_allocated_bytes": peaks.allocated_bytes,
@@ -111,9 +113,9 @@ class RunRecord(TrainerCallback):
         self.measured = False
         self.started = time.time()
 
-    def losses(self) -> list[float]:
-        """The loss of every step on record, those before a resume included."""
-        return [line["loss"] for line in self._lines() if "loss" in line]
+    def losses(self, name: str) -> list[float]:
+        """Every `loss` or `eval_loss` on record, those before a resume included."""
+        return [line[name] for line in self._lines() if name in line]
 
     def total(self, name: str) -> int:
         """The sum of a figure over all steps on record, those before a resume included."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autofit.config import RunConfig
+from autofit.report.words import loss_words
 from autofit.training import checkpoints
 from autofit.training.supervisor import execute
 
@@ -230,9 +231,13 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_adapter(tiny_model, data,
     assert not (folder / "adapter").exists()
     adapters = []
     for name in ("run", "undisturbed"):
-        execute(RunConfig(**settings, output_dir=str(tmp_path / name)), Quiet(), sandbox)
+        training = execute(RunConfig(**settings, output_dir=str(tmp_path / name)), Quiet(), sandbox).training
         adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
     assert all(torch.equal(adapters[1][name], value) for name, value in adapters[0].items())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert [training["first_eval_loss"], training["last_eval_loss"]] == pytest.approx([evaluated[0], evaluated[-1]])
+    assert loss_words(training).endswith(f", evaluation {evaluated[0]:.3f} → {evaluated[-1]:.3f}")
 
 
 def events_of(folder):

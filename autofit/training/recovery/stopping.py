@@ -261,7 +261,8 @@ class StopsOnSignals:
         name, step = signal.Signals(stop.number or 0).name, trainer.state.global_step
         left_out = ", without the evaluation that was due" if stop.unevaluated else ""
         logger.warning(
-            f"{name}: checkpoint-{step} is saved{left_out}, {stop.seconds:.1f} seconds after it; training ends"
+            f"{name}: checkpoint-{step} is saved{left_out}, {stop.seconds:.1f} seconds after it; training ends, and "
+            "goes on from there with resume_from_checkpoint=True"
         )
         about = {"unevaluated": True} if stop.unevaluated else {}
         self.recovery.add("stopped", signal=name, step=step, seconds=round(stop.seconds, 3), **about)
