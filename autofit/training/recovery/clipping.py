@@ -47,13 +47,14 @@ def _in_parts(accelerator: Any, record: Record) -> Iterator[None]:
         return
 
     def clip(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        gradients = []
-        kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-        for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is not None:
-                gradients.append(gradient)
-                kinds.setdefault((gradient.device, gradient.dtype), []).append(parameter)
+        clipped = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in clipped if parameter.grad is not None]
+        kinds = {(g.dtype, g.get_device()): clipped for g in gradients}
+        if len(kinds) > 1:
+            kinds = {
+                kind: [p for p, g in zip(clipped, gradients, strict=True) if (g.dtype, g.get_device()) == kind]
+                for kind in kinds
+            }
         _unscale(accelerator, len(kinds), record)
         norm = _again(record, lambda: nn.utils.get_total_norm(gradients, norm_type))
         for alike in kinds.values():

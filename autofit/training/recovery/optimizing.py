@@ -136,5 +136,8 @@ def _has_hooks(optimizer: Optimizer) -> bool:
 
 def _takes_nothing(optimizer: Optimizer, moving: Sequence[torch.Tensor]) -> bool:
     """Whether a step allocates nothing that could fail half way: torch's fused one, once its states are there."""
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and all(optimizer.state.get(p) for p in moving)
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return False
+    if len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups):
+        return all(optimizer.state.values())
+    return all(optimizer.state.get(p) for p in moving)  # which takes longer

@@ -72,7 +72,7 @@ class _Part:
         # Batch norm changes its statistics without counting a version, so copies and no comparison.
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in self._listed.small_buffers()]
         self._weights = _Marks(self._listed.trained)
-        self._others = self._listed.look()
+        self._others, self._looked = self._listed.look()
 
     def own(self) -> list[nn.Module]:
         """Modules of classes that a script brings along."""
@@ -93,7 +93,7 @@ class _Part:
             _LISTED.pop(self._module, None)
             raise OutOfBudget(f"{new[0]} was not there as the step began: how it was then is not known")
         changed = [] if weights_moved else self._weights.changed()
-        changed += self._listed.written_to() + self._others.changed()
+        changed += [looked.name for looked in self._looked if looked.has_changed()] + self._others.changed()
         if changed:
             _LISTED.pop(self._module, None)
             raise OutOfBudget(f"{changed[0]} changes in the forward pass and is not kept: again it would change twice")
@@ -103,10 +103,9 @@ class Gradients:
     """Those that there are as a step begins: none, but for what a script has added in passes of its own."""
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
-        optimizer = trainer.optimizer
-        groups = [] if optimizer is None else optimizer.param_groups
+        groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
         self._model = model
-        self._parameters = [*_listed(model).trained.values(), *(p for group in groups for p in group["params"])]
+        self._parameters = [p for group in groups for p in group["params"]]
         self._kept = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
 
     def restore(self) -> None:
@@ -185,7 +184,7 @@ class _Listed:
         buffers = (b for module in self.with_buffers() for b in module._buffers.values() if b is not None)
         return {id(b) for b in buffers if b.numel() >= _LARGEST_BUFFER} == self._large
 
-    def look(self) -> _Marks:
+    def look(self) -> tuple[_Marks, list[_Looked]]:
         """How the others are at this moment; at those that changed since the last one a closer look is taken."""
         now = _Marks(self._others)
         if not now.as_before(self._marks):
@@ -195,11 +194,7 @@ class _Listed:
                     looked = self._looked[number]
                     self._looked[number] = _Looked(looked.name, looked.tensor)
         self._marks = now
-        return now
-
-    def written_to(self) -> list[str]:
-        """Names of the others that are not as in the last close look, though they seem so."""
-        return [looked.name for looked in self._looked if looked.has_changed()]
+        return now, list(self._looked)  # a later look is none of this moment
 
     def unlisted(self, model: nn.Module) -> list[str]:
         """Parameters, and modules with buffers, that came later."""

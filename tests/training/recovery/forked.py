@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import select
 import signal
 import sys
 import threading
@@ -47,10 +48,23 @@ def forked(work, *args, signals=(), seconds=120):
     for wait, number in signals:
         time.sleep(wait)
         os.kill(child, number)  # not waited for yet, so there is one
+    descriptor = os.pidfd_open(child)
+    if not select.select([descriptor], [], [], seconds - 4)[0]:
+        print(_threads_of(child), file=sys.stderr)
+    os.close(descriptor)
     status = os.waitpid(child, 0)[1]
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # a loader's worker that had not yet looked whose child it is
     return os.waitstatus_to_exitcode(status)
+
+
+def _threads_of(process):
+    """What its threads wait for in the kernel, and how long they ran: the stack alone does not say whether one does."""
+    lines = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        user, system = (task / "stat").read_text().rpartition(")")[2].split()[11:13]
+        lines.append(f"thread {task.name}: in {(task / 'wchan').read_text()}, ran {user} + {system} ticks")
+    return "\n".join(lines)
 
 
 def own_locks():
