@@ -85,3 +85,25 @@ def test_what_changes_gradients_takes_no_memory(dtype):
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, factor)
         taken.append(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
     assert taken == [0, 0]
+
+
+class Own:
+    """A step that leaves it to the loader to move its inputs."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = model(**inputs).loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_step_of_one_s_own_gets_its_inputs_on_the_card(tmp_path):
+    free_memory()
+    set_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 8192}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).float()
+    trainers = [made(type("Mine", (Own, cls), {}), model, tmp_path) for cls in (Trainer, AutoFitTrainer)]
+    start = weights(trainers[0])
+    for trainer in trainers:
+        trainer.train()
+    assert farthest(*map(weights, trainers), start) < 1e-5

@@ -77,7 +77,7 @@ def test_the_loss_falls_and_every_step_is_on_record(tiny_source, tmp_path):
     made, record = trainer(tiny_source, tmp_path, max_steps=20)
     made.train()
     assert len(losses(tmp_path)) == 20
-    assert record.losses() == losses(tmp_path)
+    assert record.losses("loss") == losses(tmp_path)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
 
 

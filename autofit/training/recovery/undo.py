@@ -163,6 +163,8 @@ class _Listed:
         self._others = frozen | large
         self._marks = _Marks(self._others)
         self._looked = [_Looked(name, tensor) for name, tensor in self._others.items()]
+        self._plain = [(tensor, _is_plain(tensor)) for tensor in self._others.values()]
+        self._stored = self._storages()
 
     def small_buffers(self) -> Iterator[torch.Tensor]:
         """Those that are copied; modules put others in their place."""
@@ -186,15 +188,20 @@ class _Listed:
 
     def look(self) -> tuple[_Marks, list[_Looked]]:
         """How the others are at this moment; at those that changed since the last one a closer look is taken."""
-        now = _Marks(self._others)
-        if not now.as_before(self._marks):
-            before = zip(self._marks.versions, self._marks.addresses, now.versions, now.addresses, strict=True)
-            for number, (*old, version, address) in enumerate(before):
-                if old != [version, address]:
+        now, storages = _Marks(self._others), self._storages()
+        if not now.as_before(self._marks) or storages != self._stored:
+            then = zip(self._marks.versions, self._marks.addresses, self._stored, strict=True)
+            here = zip(now.versions, now.addresses, storages, strict=True)
+            for number, (before, after) in enumerate(zip(then, here, strict=True)):
+                if before != after:
                     looked = self._looked[number]
                     self._looked[number] = _Looked(looked.name, looked.tensor)
-        self._marks = now
+        self._marks, self._stored = now, storages
         return now, list(self._looked)  # a later look is none of this moment
+
+    def _storages(self) -> list[int]:
+        """Where addresses come again, those of what has been looked at do not: it is held, without its data."""
+        return [t.untyped_storage()._cdata if plain else 0 for t, plain in self._plain]
 
     def unlisted(self, model: nn.Module) -> list[str]:
         """Parameters, and modules with buffers, that came later."""

@@ -212,3 +212,12 @@ def test_what_is_known_of_a_model_does_not_keep_it():
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_what_was_put_elsewhere_before_the_step_is_not_said_to_change():
+    """Also where it then has the address that it had before, as memory that was freed comes again."""
+    model, memory = Model(nothing), bytearray(32 * 4)
+    model.teacher.bias.data = torch.frombuffer(memory, dtype=torch.float32)
+    Snapshot(None, model).restore()
+    model.teacher.bias.data = torch.frombuffer(memory, dtype=torch.float32)
+    Snapshot(None, model).restore()
