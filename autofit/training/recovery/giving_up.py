@@ -41,7 +41,7 @@ class SavesLastStep:
         """The stock micro-batches of the next step, which begins by that."""
         trainer: Any = self
         self._done = (trainer.state.num_input_tokens_seen, trainer.current_flos)
-        self._begun = RandomStates()
+        self._begun = RandomStates() if self._saves() else None
         found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._begun = None  # until the step has looked what it begins with
         return found
@@ -54,6 +54,10 @@ class SavesLastStep:
         """From now on the weights are not, or not surely, those of the last completed step."""
         self._begun = None
 
+    def _saves(self) -> bool:
+        strategy = self.args.save_strategy  # type: ignore[attr-defined]
+        return str(getattr(strategy, "value", strategy)) != "no"
+
     def _save_last_step(self) -> None:
         """None where the user wants none or there is one; where the next step has moved the weights; with an epoch's
         first step, whose sampler has drawn its seed; of several ranks, which do not all give up at this moment; or
@@ -61,10 +65,9 @@ class SavesLastStep:
         """
         trainer: Any = self
         state, begun = trainer.state, self._begun
-        wanted = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
         final = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
         between = state.global_step > 0 and not float(state.epoch or 0).is_integer()
-        if begun is None or not (wanted and between and self._ranks is None) or final.exists():
+        if begun is None or not (self._saves() and between and self._ranks is None) or final.exists():
             return
         trainer.model.zero_grad()
         free_memory()

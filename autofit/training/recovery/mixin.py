@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -201,7 +202,7 @@ class RecoveringTrainer(
     def _counted(self, loss: torch.Tensor) -> torch.Tensor:
         """What of a loss the stock loop adds to the running one."""
         trainer: Any = self
-        if not trainer.args.logging_nan_inf_filter or bool(torch.isfinite(loss)):
+        if not trainer.args.logging_nan_inf_filter or math.isfinite(loss.item()):
             return loss
         mean: torch.Tensor = trainer._tr_loss / (1 + trainer.state.global_step - trainer._globalstep_last_logged)
         return mean
