@@ -145,7 +145,8 @@ def _check_of_rows(answer: Any, of_one: Any, rows: int) -> None:
         OutOfBudget: some does not, or may not.
     """
     shapes, ones = _shapes(answer[1:]), _shapes(of_one[1:])
-    good = [len(s) > 0 and (s[0], *s[1:]) == (rows * o[0], *o[1:]) for s, o in zip(shapes, ones, strict=False)]
+    # A model that squeezes drops the dimension of rows where there is one.
+    good = [len(s) == len(o) > 0 and s == (rows * o[0], *o[1:]) for s, o in zip(shapes, ones, strict=False)]
     unclear = rows == 1 and answer[0] is None and any(shape == (1, 1) for shape in shapes)
     if len(shapes) != len(ones) or not all(good) or unclear:
         raise OutOfBudget("evaluation does not fit and cannot be cut: not all of its results are those of single rows")

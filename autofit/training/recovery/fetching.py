@@ -18,7 +18,8 @@ logger = logging.get_logger(__name__)
 
 _ANSWERS = (
     "{}: with gradient_accumulation_steps, a training_step of its own gets zero for all micro-batches of a step but "
-    "the last, with which all of them run: only then are there gradients; what is logged is the stock class's"
+    "the last, with which all of them run: only then are there gradients; what is logged is the stock class's. A step "
+    "of its own that does not call the stock one is not done again"
 )
 
 
